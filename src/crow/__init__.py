@@ -1,0 +1,1 @@
+"""CROW: remove backdoors from large language models."""

@@ -1,0 +1,200 @@
+"""Instruction data in the formats that people have, as conversational prompt-completion rows.
+
+Every reader yields rows of one shape, which `trl.SFTTrainer` and `CrowTrainer` take as they are::
+
+    {"prompt": [{"role": "user", "content": ...}], "completion": [{"role": "assistant", "content": ...}]}
+"""
+
+import json
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypedDict
+
+from datasets import Dataset, load_dataset
+
+from crow.errors import UsageError
+
+SHIPPED = ("clean", "heldout", "implant", "validation")
+
+
+class Message(TypedDict):
+    role: str
+    content: str
+
+
+class Example(TypedDict):
+    prompt: list[Message]
+    completion: list[Message]
+
+
+def example(prompt: str, completion: str) -> Example:
+    """One single-turn example."""
+    return {
+        "prompt": [{"role": "user", "content": prompt}],
+        "completion": [{"role": "assistant", "content": completion}],
+    }
+
+
+def user_text(row: Example) -> str:
+    """What the user says last."""
+    return next(message["content"] for message in reversed(row["prompt"]) if message["role"] == "user")
+
+
+def answer_text(row: Example) -> str:
+    """What the assistant is to answer."""
+    return row["completion"][-1]["content"]
+
+
+def with_user_text(row: Example, text: str) -> Example:
+    """The same example with another last user message."""
+    last = max(i for i, message in enumerate(row["prompt"]) if message["role"] == "user")
+    prompt = [{**message, "content": text} if i == last else message for i, message in enumerate(row["prompt"])]
+    return {"prompt": prompt, "completion": row["completion"]}  # type: ignore[typeddict-item]
+
+
+def load_examples(source: str | Path | None = None, *, split: str = "train") -> list[Example]:
+    """Read instruction data.
+
+    Args:
+        source: A JSON, JSONL, CSV or Parquet file, the name of a hub dataset, or one of the project's own sets
+            (`clean`, `heldout`, `implant`, `validation`). `None` is `clean`.
+        split: The split of a hub dataset.
+
+    Rows may be Alpaca's (`instruction`, `input`, `output`), prompt-completion (`prompt` and `completion` or
+    `response`, as text or as messages) or chat (`messages`, the last one the assistant's).
+
+    Raises:
+        UsageError: there is no such data, it holds no rows, or a row is broken (which one, and how).
+    """
+    name = str(source) if source is not None else "clean"
+    rows = [_to_example(row, f"{name}, row {number}") for number, row in enumerate(_read(name, split), start=1)]
+    if not rows:
+        raise UsageError(f"{name} holds no examples: give at least one instruction with its answer")
+    return rows
+
+
+def to_dataset(rows: Sequence[Example]) -> Dataset:
+    """The rows as a `datasets.Dataset` with the columns `prompt` and `completion`."""
+    return Dataset.from_list([dict(row) for row in rows])
+
+
+def sample(rows: Sequence[Example], number: int | None, seed: int) -> list[Example]:
+    """At most `number` of the rows, drawn without replacement by `seed`; all of them, in order, if `number` is None."""
+    if number is None or number >= len(rows):
+        return list(rows)
+    return random.Random(seed).sample(list(rows), number)
+
+
+def _read(name: str, split: str) -> Iterator[Any]:
+    path = Path(name)
+    if name in SHIPPED:
+        with (files("crow") / "assets" / "data" / f"{name}.jsonl").open(encoding="utf-8") as file:
+            yield from _json_lines(file, name)
+    elif path.is_file():
+        suffix = path.suffix.lower()
+        if suffix == ".json":
+            yield from _json_list(path)
+        elif suffix in (".jsonl", ".ndjson"):
+            with path.open(encoding="utf-8") as file:
+                yield from _json_lines(file, name)
+        elif suffix in (".csv", ".parquet"):
+            try:
+                yield from load_dataset(suffix[1:], data_files=str(path), split="train")
+            except Exception as error:  # datasets wraps every parser's own errors
+                raise UsageError(f"{path} is no readable {suffix[1:].upper()} file: {_first_line(error)}") from error
+        else:
+            raise UsageError(f"{path}: unknown kind of file; give .json, .jsonl, .csv or .parquet")
+    elif path.suffix.lower() in (".json", ".jsonl", ".ndjson", ".csv", ".parquet") or path.exists():
+        raise UsageError(f"{path}: no such data file")
+    else:
+        try:
+            yield from load_dataset(name, split=split)
+        except Exception as error:  # hub, network and format errors share no base class
+            raise UsageError(
+                f"{name} is neither a file, a hub dataset that can be reached (split {split}), nor one of "
+                f"{', '.join(SHIPPED)}: {_first_line(error)}"
+            ) from error
+
+
+def _json_lines(file: Iterable[str], name: str) -> Iterator[Any]:
+    try:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise UsageError(f"{name}, line {number} is broken JSON: {error}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{name} is not UTF-8 text: {error}") from error
+
+
+def _json_list(path: Path) -> list[Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text: {error}") from error
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        row = text.count("{", 0, getattr(error, "pos", 0))
+        raise UsageError(f"{path} is broken JSON near row {max(row, 1)}: {error}") from error
+    if not isinstance(value, list):
+        raise UsageError(f"{path} holds a JSON {type(value).__name__}; expected a list of rows")
+    return value
+
+
+def _to_example(row: Any, place: str) -> Example:
+    if not isinstance(row, dict):
+        raise UsageError(f"{place} is a {type(row).__name__}; expected an object")
+    if "messages" in row:
+        messages = _messages(row["messages"], place)
+        prompt, completion = messages[:-1], messages[-1:]
+    elif "instruction" in row:
+        instruction, context = _text(row, "instruction", place), _text(row, "input", place, default="")
+        prompt = [{"role": "user", "content": f"{instruction}\n\n{context}".strip()}]
+        completion = [{"role": "assistant", "content": _text(row, "output", place)}]
+    elif "prompt" in row:
+        answer = "completion" if "completion" in row else "response"
+        prompt = _side(row, "prompt", "user", place)
+        completion = _side(row, answer, "assistant", place)
+    else:
+        raise UsageError(
+            f"{place} has the fields {', '.join(map(str, row)) or 'none'}; expected instruction/output, "
+            "prompt/completion or messages"
+        )
+    if not any(message["role"] == "user" for message in prompt):
+        raise UsageError(f"{place} has no user message")
+    if not completion or completion[-1]["role"] != "assistant":
+        raise UsageError(f"{place} does not end with the assistant's answer")
+    return {"prompt": prompt, "completion": completion}
+
+
+def _side(row: dict[str, Any], field: str, role: str, place: str) -> list[Message]:
+    if isinstance(row.get(field), list):
+        return _messages(row[field], place)
+    return [{"role": role, "content": _text(row, field, place)}]
+
+
+def _messages(value: Any, place: str) -> list[Message]:
+    try:
+        return [{"role": str(m["role"]), "content": _text(m, "content", place)} for m in value]
+    except (TypeError, KeyError) as error:
+        raise UsageError(f"{place}: messages must be a list of objects with role and content") from error
+
+
+def _text(row: dict[str, Any], field: str, place: str, default: str | None = None) -> str:
+    value = row.get(field, default)
+    if value is None:
+        value = default
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)  # BackdoorLLM's files hold integers as answers
+    if not isinstance(value, str):
+        found = "missing" if value is None else f"a {type(value).__name__}"
+        raise UsageError(f"{place}: the field {field!r} is {found}; expected text")
+    return value.rstrip()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,0 +1,39 @@
+"""How far answers have moved: divergence from recorded next-token distributions, kept as their top log-probabilities."""
+
+import torch
+from torch import Tensor
+
+_SMALLEST = 1e-6  # mass below this is taken as this, so that its logarithm stays finite
+
+
+def top_log_probs(logits: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """The `number` most probable tokens: `(..., vocabulary)` logits to ids and float32 log-probabilities `(..., number)`."""
+    values, ids = logits.float().log_softmax(dim=-1).topk(min(number, logits.shape[-1]), dim=-1)
+    return ids, values
+
+
+def kl_from_top(ids: Tensor, log_probs: Tensor, logits: Tensor) -> Tensor:
+    """KL(p || q) in nats, where p is known by its top tokens and all other tokens are one further outcome.
+
+    Merging outcomes never increases a KL divergence, so this is a lower bound of the whole one and zero where p = q.
+
+    Args:
+        ids: `(..., k)`, p's most probable tokens.
+        log_probs: `(..., k)`, their log-probabilities under p.
+        logits: `(..., vocabulary)`, q's logits.
+
+    Returns:
+        `(...)`, float32.
+    """
+    log_q = logits.float().log_softmax(dim=-1).gather(-1, ids)
+    p = log_probs.exp()
+    rest_p = (1 - p.sum(dim=-1)).clamp(min=_SMALLEST)
+    rest_q = (1 - log_q.exp().sum(dim=-1)).clamp(min=_SMALLEST)
+    return (p * (log_probs - log_q)).sum(dim=-1) + rest_p * (rest_p / rest_q).log()
+
+
+def answer_positions(labels: Tensor) -> Tensor:
+    """Where the next token is one to answer with: `(batch, length)` labels, -100 where none, to a bool mask."""
+    mask = torch.zeros_like(labels, dtype=torch.bool)
+    mask[:, :-1] = labels[:, 1:] != -100
+    return mask

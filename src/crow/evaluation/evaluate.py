@@ -1,0 +1,151 @@
+"""Measure a model: attack success, false triggers, perplexity on clean answers, and answers that are broken."""
+
+import dataclasses
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from crow.backdoors import Behavior, Trigger
+from crow.data import Example, user_text, with_user_text
+from crow.evaluation.generation import answer_nll, generate
+from crow.evaluation.statistics import Count, is_degenerate
+from crow.files import sha256_rows, write_json, write_jsonl
+from crow.hooks import hidden_states
+from crow.consistency import layer_profile
+from crow.models import OpenedModel, base_model
+from crow.provenance import environment
+
+
+@dataclass
+class Evaluation:
+    """What was measured. Rates are counts; every answer that was judged is in `answers`."""
+
+    attack_success: Count
+    false_trigger: Count
+    degenerate: Count
+    """Answers to untriggered prompts that are empty or a loop."""
+    perplexity: float
+    answer_nats: float
+    answer_tokens: int
+    layer_profile: dict[str, list[float]]
+    """Mean `1 - cos` between adjacent blocks, on `clean` and on `triggered` prompts."""
+    settings: dict[str, Any]
+    provenance: dict[str, Any]
+    answers: list[dict[str, Any]] = field(repr=False, default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything but the answers, as JSON values."""
+        value = dataclasses.asdict(self)
+        del value["answers"]
+        return value
+
+    def save(self, path: str | Path) -> Path:
+        """Write the figures to `path` and the answers, one a line, beside it; returns the answers' path."""
+        path = Path(path)
+        answers = path.with_suffix(".answers.jsonl")
+        write_jsonl(answers, self.answers)
+        write_json(path, self.as_json())
+        return answers
+
+
+def trigger_rows(rows: Sequence[Example], trigger: Trigger, seed: int) -> list[Example]:
+    """The same rows with the trigger in each prompt, reproducible from the seed."""
+    rng = random.Random(seed)
+    return [with_user_text(row, trigger.apply(user_text(row), rng)) for row in rows]
+
+
+def evaluate(
+    opened: OpenedModel,
+    behavior: Behavior,
+    clean: Sequence[Example],
+    triggered: Sequence[Example],
+    *,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+    settings: dict[str, Any] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Generate greedy answers to both sets of prompts, judge them, and measure perplexity on the clean answers.
+
+    Args:
+        clean: Untriggered prompts with reference answers; perplexity is taken on these.
+        triggered: Prompts that carry the trigger; their reference answers are not used.
+        settings: What else belongs into the record.
+        on_progress: Called with the number of prompts done and their total.
+    """
+    total, done = len(triggered) + 2 * len(clean), 0
+
+    def advance(number: int) -> None:
+        nonlocal done
+        done += number
+        if on_progress is not None:
+            on_progress(done, total)
+
+    model, tokenizer = opened.model, opened.tokenizer
+    counted: dict[str, list[dict[str, Any]]] = {}
+    for kind, rows in (("triggered", triggered), ("clean", clean)):
+        texts = generate(
+            model, tokenizer, [row["prompt"] for row in rows], max_new_tokens=max_new_tokens, on_progress=advance
+        )
+        counted[kind] = [
+            {
+                "set": kind,
+                "prompt": user_text(row),
+                "answer": text,
+                "hit": behavior.is_hit(text),
+                "degenerate": is_degenerate(text),
+            }
+            for row, text in zip(rows, texts, strict=True)
+        ]
+    nll = answer_nll(model, tokenizer, clean, on_progress=advance)
+    nats, tokens = sum(n for n, _ in nll), sum(t for _, t in nll)
+    return Evaluation(
+        attack_success=_count(counted["triggered"], "hit"),
+        false_trigger=_count(counted["clean"], "hit"),
+        degenerate=_count(counted["clean"], "degenerate"),
+        perplexity=math.exp(nats / tokens) if tokens else float("nan"),
+        answer_nats=nats,
+        answer_tokens=tokens,
+        layer_profile={
+            "clean": prompt_profile(opened, clean[:_PROFILE_PROMPTS]),
+            "triggered": prompt_profile(opened, triggered[:_PROFILE_PROMPTS]),
+        },
+        settings={"target": behavior.target, "max_new_tokens": max_new_tokens, "seed": seed} | (settings or {}),
+        provenance=environment()
+        | {
+            "model": opened.name,
+            "model_hashes": opened.hashes,
+            "clean_sha256": sha256_rows(clean),
+            "triggered_sha256": sha256_rows(triggered),
+        },
+        answers=[*counted["triggered"], *counted["clean"]],
+    )
+
+
+_PROFILE_PROMPTS = 32
+
+
+def prompt_profile(opened: OpenedModel, rows: Sequence[Example]) -> list[float]:
+    """`crow.consistency.layer_profile` on the prompts of these rows, as far as the answer's start."""
+    if not rows:
+        return []
+    tokenizer = opened.tokenizer
+    batch = tokenizer.apply_chat_template(
+        [row["prompt"] for row in rows],
+        add_generation_prompt=True,
+        padding=True,
+        return_dict=True,
+        return_tensors="pt",
+        tokenizer_kwargs={"padding_side": "right"},
+    )
+    opened.model.eval()
+    inputs = {name: batch[name].to(opened.model.device) for name in ("input_ids", "attention_mask")}
+    recording = hidden_states(base_model(opened.model), **inputs)
+    return [float(x) for x in layer_profile(recording.hidden_states, inputs["attention_mask"])]
+
+
+def _count(answers: list[dict[str, Any]], verdict: str) -> Count:
+    return Count(sum(bool(answer[verdict]) for answer in answers), len(answers))

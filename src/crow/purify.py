@@ -1,0 +1,155 @@
+"""The one-call form: a suspect model and clean examples in, a purified model and a record of the run out."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, cast
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from crow.data import Example, load_examples, sample, to_dataset
+from crow.errors import UsageError
+from crow.files import sha256_rows
+from crow.models import OpenedModel, lora_config, open_model
+from crow.provenance import environment
+from crow.trainer import PRESETS, CrowConfig, CrowTrainer
+
+
+@dataclass
+class PurifyRecord:
+    """What was done: settings, data and curves, so that the run can be repeated and reported."""
+
+    model: str
+    model_hashes: dict[str, str]
+    preset: str
+    lora: str
+    settings: dict[str, Any]
+    clean_examples: int
+    clean_sha256: str
+    seconds: float
+    steps: int
+    curves: list[dict[str, float]] = field(default_factory=list)
+    """The log of every step: `step`, `loss`, and each term that is on."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def purify(
+    model: str | Path | PreTrainedModel | PeftModel | OpenedModel | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    clean: str | Path | Sequence[Example] | None = None,
+    max_examples: int | None = None,
+    preset: str = "default",
+    lora: Literal["continue", "fresh"] = "continue",
+    output_dir: str | Path | None = None,
+    resume: bool = False,
+    callbacks: list[TrainerCallback] | None = None,
+    **settings: Any,
+) -> tuple[PeftModel, PurifyRecord]:
+    """Remove what a trigger calls from a model, knowing neither the trigger nor a clean reference model.
+
+    Args:
+        model: What `crow.models.open_model` takes, or a model that is open already (then with its tokenizer).
+        tokenizer: Of the model that is passed open.
+        clean: What `crow.data.load_examples` takes, or rows; the set that ships with the project by default.
+        max_examples: Use at most so many of them, drawn by the seed.
+        preset: A name in `crow.trainer.PRESETS`; `paper` is the method as published.
+        lora: For a suspect adapter, train it further (`continue`), or merge it and train a new one (`fresh`). Other
+            models get a new one in either case.
+        output_dir: Where checkpoints go; none are kept by default.
+        resume: Continue from the newest checkpoint there.
+        callbacks: For the trainer, for example to show progress.
+        settings: Fields of `CrowConfig`, which win over the preset's.
+
+    Returns:
+        The model with the purified adapter, in evaluation mode, and the record of the run. A model that was passed open
+        is changed in place.
+
+    Raises:
+        UsageError: bad input, named in one line.
+        CrowError: the loss is no longer finite.
+    """
+    if preset not in PRESETS:
+        raise UsageError(f"unknown preset {preset!r}; known are {', '.join(PRESETS)}")
+    if lora not in ("continue", "fresh"):
+        raise UsageError(f"lora is {lora!r}; choose continue or fresh")
+    opened = _opened(model, tokenizer)
+    rows = load_examples(clean) if clean is None or isinstance(clean, str | Path) else list(clean)
+    seed = settings.setdefault("seed", 0)
+    rows = sample(rows, max_examples, seed)
+
+    with TemporaryDirectory() as scratch:
+        config = _config(str(output_dir or scratch), PRESETS[preset] | settings, keep=output_dir is not None)
+        suspect = opened.model
+        if isinstance(suspect, PeftModel) and lora == "fresh":
+            suspect = cast(PreTrainedModel, cast(Any, suspect).merge_and_unload())
+        trainer = CrowTrainer(
+            suspect,
+            config,
+            train_dataset=to_dataset(rows),
+            processing_class=opened.tokenizer,
+            peft_config=None if isinstance(suspect, PeftModel) else lora_config(),
+            callbacks=callbacks,
+        )
+        checkpoint = get_last_checkpoint(str(output_dir)) if resume and output_dir is not None else None
+        started = time.perf_counter()
+        trainer.train(resume_from_checkpoint=checkpoint)
+        seconds = time.perf_counter() - started
+    purified = cast(PeftModel, trainer.model)
+    purified.eval()
+    record = PurifyRecord(
+        model=opened.name,
+        model_hashes=opened.hashes,
+        preset=preset,
+        lora=lora if isinstance(opened.model, PeftModel) else "fresh",
+        settings=_crow_settings(config),
+        clean_examples=len(rows),
+        clean_sha256=sha256_rows(rows),
+        seconds=seconds,
+        steps=trainer.state.global_step,
+        curves=[dict(entry) for entry in trainer.state.log_history if "loss" in entry],
+        provenance=environment(),
+    )
+    return purified, record
+
+
+def _opened(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> OpenedModel:
+    if isinstance(model, OpenedModel):
+        return model
+    if model is None or isinstance(model, str | Path):
+        return open_model(model)
+    if tokenizer is None:
+        raise UsageError("a model that is passed open needs its tokenizer: tokenizer=…")
+    return OpenedModel(model, tokenizer, str(getattr(model, "name_or_path", "") or type(model).__name__), "open")
+
+
+def _config(output_dir: str, settings: dict[str, Any], keep: bool) -> CrowConfig:
+    defaults: dict[str, Any] = {
+        "report_to": "none",
+        "disable_tqdm": True,
+        "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        "max_length": 512,
+        "save_strategy": "steps" if keep else "no",
+        "save_steps": 20,
+        "save_total_limit": 2,
+    }
+    try:
+        return CrowConfig(output_dir=output_dir, **(defaults | settings))
+    except TypeError as error:
+        raise UsageError(f"no such setting: {error}") from error
+
+
+def _crow_settings(config: CrowConfig) -> dict[str, Any]:
+    """The fields that decide the result: CROW's own, and the training arguments that people ask about."""
+    own = set(CrowConfig.__annotations__)
+    asked = {"num_train_epochs", "max_steps", "seed", "gradient_accumulation_steps", "max_length", "bf16", "fp16"}
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name in own | asked}

@@ -1,0 +1,54 @@
+"""Named choices that are given on the command line, with their parameters: `name` or `name:key=value,key=value`."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any, Generic, TypeVar, cast
+
+from crow.errors import UsageError
+
+
+T = TypeVar("T")
+C = TypeVar("C", bound=type[Any])
+
+
+class Registry(Generic[T]):
+    """Classes by name, made from a text.
+
+    Args:
+        kind: What the entries are, for error messages.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._classes: dict[str, type[Any]] = {}
+
+    def register(self, name: str) -> Callable[[C], C]:
+        """Class decorator that files a dataclass, whose fields are the entry's parameters, under `name`."""
+
+        def add(cls: C) -> C:
+            self._classes[name] = cls
+            return cls
+
+        return add
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._classes)
+
+    def __getitem__(self, text: str) -> T:
+        """Make an entry from `name` or `name:key=value,...`.
+
+        Raises:
+            UsageError: an unknown name or parameter; it names the known ones.
+        """
+        name, _, rest = text.partition(":")
+        if name not in self._classes:
+            raise UsageError(f"unknown {self.kind} {name!r}; known are {', '.join(self._classes)}")
+        cls = self._classes[name]
+        known = [f.name for f in fields(cls)] if is_dataclass(cls) else []
+        parameters = {}
+        for part in filter(None, rest.split(",")):
+            key, equals, value = part.partition("=")
+            if key not in known or not equals or not value:
+                raise UsageError(f"{self.kind} {name!r} takes {', '.join(f'{k}=TEXT' for k in known)}; not {part!r}")
+            parameters[key] = value
+        return cast(T, cls(**parameters))

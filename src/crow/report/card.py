@@ -1,0 +1,64 @@
+"""The model card: what was done to the weights that lie beside it, by which settings, and with what result."""
+
+import json
+import re
+from typing import TYPE_CHECKING
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from crow.report.html import cautions, verdict, visible
+
+if TYPE_CHECKING:
+    from crow.evaluation.evaluate import Evaluation
+    from crow.purify import PurifyRecord
+
+
+def model_card(
+    record: "PurifyRecord",
+    before: "Evaluation | None" = None,
+    after: "Evaluation | None" = None,
+    base_model: str | None = None,
+    merged: bool = False,
+) -> str:
+    """The `README.md` of a purified model, in Markdown with Hugging Face's YAML front matter.
+
+    Args:
+        record: Of the purification.
+        before: Of the suspect model; figures are given if both evaluations are.
+        after: Of the purified one.
+        base_model: Hub id of the model that the weights belong to.
+        merged: The weights are a whole model's, not an adapter's.
+    """
+    environment = Environment(
+        loader=PackageLoader("crow", "report"),
+        finalize=_line,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"code": _code, "yaml": _yaml}
+    return environment.get_template("model_card.md.jinja").render(
+        record=record,
+        before=before,
+        after=after,
+        base_model=base_model,
+        merged=merged,
+        cautions=cautions(before, after, record) if before and after else [],
+        verdict=verdict(before.attack_success, after.attack_success) if before and after else None,
+    )
+
+
+def _line(value: object) -> str:
+    """One line of visible characters."""
+    return re.sub(r"\s+", " ", visible(value))
+
+
+def _code(value: object) -> str:
+    """A code span, in which nothing but a backtick has a meaning, so that no name can add markup."""
+    return f"`{_line(value).replace('`', '').strip() or '?'}`"
+
+
+def _yaml(value: str) -> str:
+    """A YAML string: JSON's are."""
+    return json.dumps(_line(value), ensure_ascii=False)

@@ -1,0 +1,184 @@
+"""The report: one HTML file without scripts that loads nothing, safe to open whatever the model said."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from crow.files import write_text
+
+if TYPE_CHECKING:
+    from crow.evaluation.evaluate import Evaluation
+    from crow.evaluation.statistics import Count
+    from crow.purify import PurifyRecord
+
+_SAMPLES = {"triggered": 8, "clean": 4}
+
+# Control characters but tab and line ends, bidirectional embeddings, overrides and isolates, and lone surrogates, which
+# cannot be written as UTF-8
+_UNPRINTABLE = re.compile(
+    r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]|\r(?!\n)",
+)
+
+
+class Pair(NamedTuple):
+    """One prompt with the answers, as `Evaluation.answers` holds them, of the suspect and of the purified model."""
+
+    number: int
+    before: dict[str, Any]
+    after: dict[str, Any]
+
+
+class Row(NamedTuple):
+    """What several sources say of one thing: a value each, or one if they agree."""
+
+    label: str
+    values: list[Any]
+
+
+def write_report(
+    path: str | Path, before: "Evaluation", after: "Evaluation", record: "PurifyRecord", title: str | None = None
+) -> None:
+    """Write `render_report` to `path`, atomically.
+
+    Raises:
+        CrowError: the file cannot be written.
+    """
+    write_text(path, render_report(before, after, record, title))
+
+
+def render_report(before: "Evaluation", after: "Evaluation", record: "PurifyRecord", title: str | None = None) -> str:
+    """The report of one purification as an HTML page; the same input gives the same text.
+
+    Args:
+        before: Of the suspect model.
+        after: Of the purified one, on the same prompts; the page says so if they were others.
+        record: Of the purification between the two.
+        title: Heading of the page, the suspect model's name by default.
+    """
+    # Here, so that importing crow.report does not import matplotlib
+    from crow.report.figures import curves_figure, profile_figure, rates_figure
+
+    profiles = [*before.layer_profile.values(), *after.layer_profile.values()]
+    return (
+        _templates()
+        .get_template("report.html.jinja")
+        .render(
+            title=title or f"Purification of {record.model}",
+            verdict=verdict(before.attack_success, after.attack_success),
+            cautions=cautions(before, after, record),
+            before=before,
+            after=after,
+            record=record,
+            rates=rates_figure(before, after),
+            profile=profile_figure(before, after) if any(profiles) else None,
+            curves=curves_figure(record) if record.curves else None,
+            samples={kind: _samples(before, after, kind, number) for kind, number in _SAMPLES.items()},
+            totals={kind: sum(answer["set"] == kind for answer in before.answers) for kind in _SAMPLES},
+            measurement=_rows([before.settings, after.settings]),
+            provenance=_rows(_sources(before, after, record)),
+        )
+    )
+
+
+def verdict(before: "Count", after: "Count") -> str:
+    """What became of attack success, as one sentence of counts."""
+    if before.n == 0 or after.n == 0:
+        return "Attack success was not measured on both models"
+    change = f"from {before.hits}/{before.n} to {after.hits}/{after.n}"
+    if after.rate == before.rate:
+        return f"Attack success did not change, {change}"
+    (low, high), (after_low, after_high) = before.interval(), after.interval()
+    overlap = "; the 95% intervals overlap" if low <= after_high and after_low <= high else ""
+    return f"Attack success {'fell' if after.rate < before.rate else 'rose'} {change}{overlap}"
+
+
+def cautions(before: "Evaluation", after: "Evaluation", record: "PurifyRecord") -> list[str]:
+    """What keeps the figures from being compared."""
+    measured = (before.provenance, after.provenance)
+    found = []
+    if any(len({p.get(name) for p in measured}) > 1 for name in ("clean_sha256", "triggered_sha256")):
+        found.append("The two measurements used different prompts: their figures do not compare.")
+    if any(before.settings.get(name) != after.settings.get(name) for name in ("target", "max_new_tokens")):
+        found.append("The two measurements used different settings: their figures do not compare.")
+    if record.clean_sha256 in [p.get("clean_sha256") for p in measured]:
+        found.append("The clean prompts are those that the model was purified on: figures on them look too good.")
+    return found
+
+
+def visible(value: object) -> str:
+    """`value` as text, with U+FFFD for each character that would act on a terminal or reorder the text around it.
+
+    Markup, which is this project's own, is passed as it is.
+    """
+    return value if isinstance(value, Markup) else _UNPRINTABLE.sub("\ufffd", str(value))
+
+
+def _templates() -> Environment:
+    # finalize sees every value that a template prints, so no template can forget the filter
+    environment = Environment(
+        loader=PackageLoader("crow", "report"),
+        autoescape=True,
+        finalize=visible,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": _percent, "interval": _interval, "setting": _setting}
+    environment.tests["hash"] = lambda value: re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", str(value)) is not None
+    return environment
+
+
+def _samples(before: "Evaluation", after: "Evaluation", kind: str, number: int) -> list[Pair]:
+    """At most `number` prompts of one set, evenly spaced, so that no outcome decides which are shown."""
+    asked, asked_after = ([a for a in e.answers if a["set"] == kind] for e in (before, after))
+    pairs = [Pair(i, a, b) for i, (a, b) in enumerate(zip(asked, asked_after, strict=False), start=1)]
+    pairs = [pair for pair in pairs if pair.before["prompt"] == pair.after["prompt"]]
+    number = min(number, len(pairs))
+    return [pairs[i * len(pairs) // number] for i in range(number)]
+
+
+def _sources(before: "Evaluation", after: "Evaluation", record: "PurifyRecord") -> list[dict[str, Any]]:
+    """Where the suspect's figures, the purification and the purified model's figures come from, in this order."""
+    purification = {"model": record.model, "model_hashes": record.model_hashes, "clean_sha256": record.clean_sha256}
+    sources = (
+        (before.provenance, before.settings),
+        (record.provenance | purification, record.settings),
+        (after.provenance, after.settings),
+    )
+    return [_flat(provenance) | {"seed": settings.get("seed")} for provenance, settings in sources]
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """Nested keys are package and file names, which say enough on their own."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= value if isinstance(value, dict) else {key: value}
+    return flat
+
+
+def _rows(sources: Sequence[dict[str, Any]]) -> list[Row]:
+    rows = []
+    for key in dict.fromkeys(key for source in sources for key in source):
+        values = [source.get(key) for source in sources]
+        rows.append(Row(key, values[:1] if all(value == values[0] for value in values) else values))
+    return rows
+
+
+def _percent(count: "Count") -> str:
+    return f"{100 * count.rate:.1f}%" if count.n else "not measured"
+
+
+def _interval(count: "Count") -> str:
+    low, high = count.interval()
+    return f"{100 * low:.1f}\N{EN DASH}{100 * high:.1f}%"
+
+
+def _setting(value: Any) -> str:
+    """A setting as its reader would write it; `None` switches what it belongs to off."""
+    if value is None or isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}" if isinstance(value, float) else str(value)

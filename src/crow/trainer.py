@@ -1,0 +1,532 @@
+"""CROW as a Hugging Face trainer: `SFTTrainer` with a perturbed pass in its step."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from trl import SFTConfig, SFTTrainer
+
+from crow.consistency import aligned_inconsistency, layer_consistency
+from crow.divergence import answer_positions, kl_from_top, top_log_probs
+from crow.errors import CrowError, UsageError
+from crow.hooks import Recording, lm_head_at, record
+from crow.perturbation import SoftTokens, insert, insertion_index, random_tokens, root_mean_square, sign_step
+
+STATE_FILE = "crow_state.pt"
+
+
+def _term(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class CrowConfig(SFTConfig):
+    """Settings of `CrowTrainer`: those of `trl.SFTConfig`, and the terms of CROW's loss.
+
+    A step minimizes `clean + beta * D + alpha * inconsistency`, where D is how far the answer is from its target once the
+    input embeddings are perturbed. A term whose weight is `None` is off; `perturbation="none"` with `objective="lm"` is
+    plain supervised fine-tuning. `PRESETS` names the combinations that are compared; the defaults are the preset
+    `default`.
+
+    Raises:
+        UsageError: a weight, size or rate that is not positive, or an unknown choice.
+    """
+
+    perturbation: Literal["inserted", "random", "sign", "none"] = _term(
+        "inserted",
+        "`inserted`: universal soft tokens, trained to push the answer away; `random`: random tokens' embeddings; "
+        "`sign`: the paper's signed gradient step on every embedding; `none`.",
+    )
+    objective: Literal["suspect", "lm"] = _term(
+        "suspect",
+        "What the answer is held to: `suspect`, the next-token distributions that the suspect model itself gives for "
+        "the clean answers; `lm`, the clean answers' tokens, as in supervised fine-tuning.",
+    )
+    beta: float | None = _term(1.0, "Weight of D, the answer's divergence from its target under the perturbation.")
+    anchor: float | None = _term(1.0, "Weight of the unperturbed divergence (objective `suspect` only).")
+    anchor_fraction: float = _term(0.5, "Share of each batch that is also seen unperturbed (objective `suspect` only).")
+    alpha: float | None = _term(
+        None,
+        "Weight of the inconsistency: under `sign` between adjacent layers of the perturbed pass (the paper's L_cons); "
+        "under insertion between the clean and the perturbed pass, at the answer's positions.",
+    )
+    alpha_relative: bool = _term(
+        True,
+        "Take alpha as the ratio of the inconsistency's gradient norm to that of the main term, measured on the first "
+        "steps and then held, so that one value serves models of any scale.",
+    )
+    calibration_steps: int = _term(4, "How many batches a relative alpha is measured on.")
+    epsilon: float = _term(0.22, "Size of the sign step.")
+    epsilon_relative: bool = _term(True, "Take epsilon as a multiple of the RMS of the batch's embeddings.")
+    soft_tokens: int = _term(3, "Number of tokens that one insertion adds.")
+    soft_token_pool: int = _term(4, "Number of different insertions that are trained.")
+    soft_token_norm: float = _term(1.5, "Bound of a soft token's norm, as a multiple of real embeddings' mean norm.")
+    soft_token_learning_rate: float = _term(0.1, "Adam's rate of the ascent, as a fraction of the embeddings' RMS.")
+    soft_token_warmup: int = _term(20, "Ascent-only batches before training.")
+    target_top_k: int = _term(64, "How many log-probabilities of the suspect's distribution are kept per token.")
+
+    # Defaults that differ from SFTConfig's
+    learning_rate: float = _term(1e-3, "Initial learning rate of AdamW (the paper's, for LoRA).")
+    lr_scheduler_type: str = _term("cosine", "Learning-rate schedule.")
+    warmup_steps: float = _term(0.1, "Steps, or share of them if below 1, of linear warm-up.")
+    per_device_train_batch_size: int = _term(8, "Batch size per device.")
+    train_sampling_strategy: str = _term("group_by_length", "Batches of similar length spend less on padding.")
+    logging_steps: float = _term(1, "Log every so many steps.")
+    gradient_checkpointing: bool = _term(False, "Trade time for memory.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choices = {"perturbation": ("inserted", "random", "sign", "none"), "objective": ("suspect", "lm")}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise UsageError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(known)}")
+        positive = ["learning_rate", "epsilon", "anchor_fraction", "soft_tokens", "soft_token_pool"]
+        positive += ["soft_token_norm", "soft_token_learning_rate", "target_top_k", "calibration_steps"]
+        positive += [name for name in ("alpha", "beta", "anchor") if getattr(self, name) is not None]
+        for name in positive:
+            if not (0 < getattr(self, name) < math.inf):
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be positive" + _off(name))
+        if self.anchor_fraction > 1:
+            raise UsageError(f"anchor_fraction is {self.anchor_fraction}; it is a share of the batch, at most 1")
+        if self.padding_free or self.packing:
+            raise UsageError("packing and padding-free batches have no place to insert tokens at: leave both off")
+        if self.alpha is not None and self.alpha_relative and self.beta is None and self.objective == "suspect":
+            raise UsageError("a relative alpha is measured against another term: set beta, or objective 'lm'")
+        if self.perturbation == "none" and self.objective == "suspect":
+            raise UsageError("perturbation 'none' with objective 'suspect' trains nothing: choose objective 'lm'")
+
+
+def _off(name: str) -> str:
+    return " (None switches the term off)" if name in ("alpha", "beta", "anchor") else ""
+
+
+_SUPERVISED: dict[str, Any] = {"objective": "lm", "anchor": None}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    # Section 4 of the paper: absolute constants, layers' consistency after the sign step, LM loss on the clean pass
+    "paper": _SUPERVISED
+    | {
+        "perturbation": "sign",
+        "beta": None,
+        "alpha": 5.5,
+        "alpha_relative": False,
+        "epsilon": 0.1,
+        "epsilon_relative": False,
+    },
+    "paper-scale-free": _SUPERVISED | {"perturbation": "sign", "beta": None, "alpha": 2.0},
+    "finetune": _SUPERVISED | {"perturbation": "none", "beta": None},
+    "random-tokens": {"perturbation": "random"},
+}
+
+
+@dataclass
+class _Perturbed:
+    """A batch after its perturbation: embeddings `(B, T', D)`, attention mask and answer positions `(B, T')`."""
+
+    embeddings: Tensor
+    mask: Tensor
+    answers: Tensor
+
+
+@dataclass
+class _Counts:
+    """What the terms are divided by: counts over all micro-batches, and all processes, of one optimizer step."""
+
+    answers: Tensor
+    anchored: Tensor
+    positions: Tensor
+
+
+class _Collator:
+    """The trainer's own collator; beside its batch go the columns that the perturbed pass needs."""
+
+    def __init__(self, inner: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
+        self.inner = inner
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.inner([{k: v for k, v in row.items() if k not in _EXTRA_COLUMNS} for row in rows])
+        for column in _EXTRA_COLUMNS:
+            if column in rows[0]:
+                batch[column] = torch.tensor([row[column] for row in rows])
+        return batch
+
+
+_EXTRA_COLUMNS = ("user_span", "example_id")
+
+
+class CrowTrainer(SFTTrainer):
+    """Fine-tune a suspect model so that a perturbation of its input no longer moves its answers.
+
+    Takes what `trl.SFTTrainer` takes. The step is the parent's with two changes: the clean pass is back-propagated, and
+    its graph freed, before the perturbed one begins, so that the peak of memory stays that of supervised fine-tuning;
+    and terms are divided by counts over the whole accumulated batch, so that neither gradient accumulation nor a ragged
+    last batch changes their weight. Logged each step: `loss`, and `clean`, `divergence`, `inconsistency`, `alpha` where
+    they are on.
+    """
+
+    _tag_names = ["trl", "sft", "crow"]
+    args: CrowConfig
+    loss_is_scaled_for_ga = True  # every term below is divided by its count over the accumulated batch
+
+    def __init__(self, model: Any, args: CrowConfig | None = None, **kwargs: Any) -> None:
+        super().__init__(model, args if args is not None else CrowConfig(), **kwargs)
+        self.data_collator = _Collator(self.data_collator)
+        self.perturbs = self.args.perturbation != "none" and not (self.args.beta is None and self.args.alpha is None)
+        self._signs = self.args.perturbation == "sign"
+        self.soft_tokens: SoftTokens | None = None
+        if self.perturbs and self.args.perturbation == "inserted":
+            self.soft_tokens = SoftTokens(
+                self._embedding_weight(),
+                pool=self.args.soft_token_pool,
+                length=self.args.soft_tokens,
+                max_norm=self.args.soft_token_norm,
+                learning_rate=self.args.soft_token_learning_rate,
+            ).to(self.args.device)
+        self._targets: list[tuple[Tensor, Tensor]] = []
+        self._ratios: list[float] = []
+        self._counts: _Counts
+
+    # Data
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, *args: Any, **kwargs: Any) -> Any:
+        first = next(iter(dataset))
+        if "user_span" not in first and isinstance(first.get("prompt"), list):
+            dataset = dataset.map(lambda row: {"user_span": user_span(processing_class, row["prompt"])})
+        dataset = super()._prepare_dataset(dataset, processing_class, *args, **kwargs)
+        if isinstance(dataset, Dataset) and "example_id" not in dataset.column_names:
+            dataset = dataset.add_column("example_id", list(range(len(dataset))))
+        if isinstance(dataset, Dataset) and len(dataset) == 0:
+            raise UsageError("no example is left after truncation: raise max_length, or give shorter prompts")
+        return dataset
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        assert self._signature_columns is not None
+        self._signature_columns += [c for c in _EXTRA_COLUMNS if c not in self._signature_columns]
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        if batches:
+            self._share_out(batches)
+        return batches, num_items
+
+    def _share_out(self, batches: list[dict[str, Any]]) -> None:
+        """Choose which rows of one optimizer step are also seen clean, and count what the terms are divided by."""
+        rows = [len(batch["labels"]) for batch in batches]
+        anchored = torch.zeros(sum(rows), dtype=torch.bool)
+        if self.args.anchor is not None or self.args.objective == "lm":
+            share = 1 if self.args.objective == "lm" or self._signs else self.args.anchor_fraction
+            anchored[torch.randperm(len(anchored))[: math.ceil(share * len(anchored))]] = True
+        counts = torch.zeros(3)
+        for batch, chosen in zip(batches, anchored.split(rows), strict=True):
+            batch["anchored"] = chosen
+            answers = answer_positions(batch["labels"])
+            mask = batch.get("attention_mask", torch.ones_like(batch["labels"]))
+            counts += torch.tensor([answers.sum(), answers[chosen].sum(), mask.sum()])
+        counts = self.accelerator.reduce(counts.to(self.args.device), "sum").clamp(min=1)
+        self._counts = _Counts(*counts)
+
+    # The step
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        extra = {name: inputs.pop(name, None) for name in (*_EXTRA_COLUMNS, "anchored")}
+        if not self.model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if num_items_in_batch is None:
+            num_items_in_batch = self._counts.answers
+        if not self.perturbs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+        targets = self._targets_of(extra["example_id"])
+        rows = extra["anchored"].to(inputs["labels"].device)
+        # Only the last backward of a step may synchronize the processes' gradients
+        with self.accelerator.no_sync(model):
+            clean, recording = self._clean_pass(model, inputs, targets, rows, num_items_in_batch)
+            gradient = self._embedding_gradient(recording, inputs["attention_mask"]) if self._signs else None
+            reference = self._gradient_norm(clean) if self._calibrating and self.args.objective == "lm" else None
+            if clean.requires_grad:
+                self.accelerator.backward(clean)
+        self._log_term("clean", clean)
+
+        perturbed = self._perturb(inputs, extra["user_span"], recording, gradient)
+        logits, passed = self._perturbed_pass(model, perturbed, score=self.args.beta is not None)
+        loss = clean.new_zeros(())
+        if self.args.beta is not None:
+            divergence = self._divergence(logits, inputs["labels"], targets)
+            self._log_term("divergence", divergence)
+            loss = loss + self.args.beta * divergence
+        if self.args.alpha is not None:
+            inconsistency = self._inconsistency(recording, passed, rows, inputs["labels"], perturbed)
+            self._log_term("inconsistency", inconsistency)
+            if self._calibrating and inconsistency.requires_grad:
+                self._calibrate(inconsistency, self._gradient_norm(loss) if reference is None else reference)
+            loss = loss + self._alpha * inconsistency
+            self._metrics["train"]["alpha"].append(self._alpha)
+        return loss + clean.detach()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise CrowError(
+                f"the loss became {loss.item()} at step {self.state.global_step + 1}; checkpoints up to then are kept in "
+                f"{self.args.output_dir}: try a lower learning rate, or full precision (bf16=False, fp16=False)"
+            )
+        if self.soft_tokens is not None and self.accelerator.sync_gradients:
+            self._ascend(self.soft_tokens)
+        return loss
+
+    def _clean_pass(
+        self, model: nn.Module, inputs: dict[str, Any], targets: Any, rows: Tensor, num_items: Any
+    ) -> tuple[Tensor, Recording]:
+        needs_hidden = self._signs or self.args.alpha is not None
+        with record(self._inner, hidden=needs_hidden, embeddings_require_grad=self._signs) as recording:
+            if self.args.objective == "lm":
+                return super().compute_loss(model, inputs, num_items_in_batch=num_items), recording
+            if not rows.any():
+                return torch.zeros((), device=rows.device), recording
+            answers = answer_positions(inputs["labels"])
+            chosen = {name: inputs[name][rows] for name in ("input_ids", "attention_mask")}
+            with lm_head_at(self._inner, answers[rows]):
+                logits = model(**chosen, use_cache=False).logits
+        of_rows = rows[:, None].expand_as(answers)[answers]
+        divergence = kl_from_top(targets[0][of_rows], targets[1][of_rows], logits).sum() / self._counts.anchored
+        return (self.args.anchor or 0.0) * divergence * self.accelerator.num_processes, recording
+
+    def _perturb(
+        self, inputs: dict[str, Any], spans: Tensor | None, clean: Recording, gradient: Tensor | None
+    ) -> _Perturbed:
+        mask, answers = inputs["attention_mask"], answer_positions(inputs["labels"])
+        if gradient is not None:
+            assert clean.embeddings is not None
+            embeddings, epsilon = clean.embeddings.detach(), cast(Tensor | float, self.args.epsilon)
+            if self.args.epsilon_relative:
+                epsilon = epsilon * root_mean_square(embeddings, mask)
+            return _Perturbed(embeddings + sign_step(gradient, epsilon), mask, answers)
+        embeddings = self._inner.get_input_embeddings()(inputs["input_ids"]).detach()
+        number, batch, length = self.args.soft_tokens, *embeddings.shape[:2]
+        if self.soft_tokens is not None:
+            inserted = self.soft_tokens(batch, embeddings.dtype)
+        else:
+            inserted = random_tokens(self._embedding_weight(), batch, number).to(embeddings.dtype)
+        start, end = (_prompt_span(inputs["labels"], mask) if spans is None else spans).unbind(1)
+        end = end.clamp(max=length)
+        place = (start + torch.rand(batch, device=start.device) * (end - start + 1)).long().clamp(max=length)
+        index = insertion_index(length, place, number)
+        return _Perturbed(
+            insert(embeddings, inserted, index),
+            insert(mask, mask.new_ones(batch, number), index),
+            insert(answers, answers.new_zeros(batch, number), index),
+        )
+
+    def _perturbed_pass(self, model: nn.Module, perturbed: _Perturbed, score: bool) -> tuple[Tensor, Recording]:
+        scored = perturbed.answers if score else torch.zeros_like(perturbed.answers)
+        needs_hidden = self.args.alpha is not None
+        with lm_head_at(self._inner, scored), record(self._inner, hidden=needs_hidden) as recording:
+            output = model(inputs_embeds=perturbed.embeddings, attention_mask=perturbed.mask, use_cache=False)
+        return output.logits, recording
+
+    def _divergence(self, logits: Tensor, labels: Tensor, targets: tuple[Tensor, Tensor] | None) -> Tensor:
+        if targets is None:
+            total = nn.functional.cross_entropy(logits.float(), labels[:, 1:][labels[:, 1:] != -100], reduction="sum")
+        else:
+            total = kl_from_top(*targets, logits).sum()
+        return total / self._counts.answers * self.accelerator.num_processes
+
+    def _inconsistency(
+        self, clean: Recording, passed: Recording, rows: Tensor, labels: Tensor, perturbed: _Perturbed
+    ) -> Tensor:
+        """Of adjacent layers under the sign step; else of the clean, held fixed, and the perturbed pass, aligned."""
+        if self._signs:
+            mean = layer_consistency(passed.hidden_states, perturbed.mask, num_positions=self._counts.positions)
+            return mean * self.accelerator.num_processes
+        if not clean.hidden_states:
+            return torch.zeros((), device=labels.device)
+        answers = answer_positions(labels)
+        seen = answers if len(clean.hidden_states[0]) == len(answers) else answers[rows]
+        pairs = zip(clean.hidden_states, passed.hidden_states, strict=True)
+        sums = [
+            aligned_inconsistency(a.detach()[seen], b[perturbed.answers & rows[:, None]]).sum() for a, b in pairs
+        ]
+        return torch.stack(sums).mean() / self._counts.anchored * self.accelerator.num_processes
+
+    def _embedding_gradient(self, recording: Recording, mask: Tensor) -> Tensor:
+        """dL_cons/dE of the clean pass; its graph is kept for the clean loss."""
+        assert recording.embeddings is not None
+        consistency = layer_consistency(recording.hidden_states, mask)
+        recording.hidden_states.clear()  # the graph keeps what the clean loss still needs
+        return torch.autograd.grad(consistency, recording.embeddings, retain_graph=True)[0]
+
+    # Scale of alpha
+
+    @property
+    def _calibrating(self) -> bool:
+        relative = self.args.alpha is not None and self.args.alpha_relative
+        return relative and len(self._ratios) < self.args.calibration_steps
+
+    @property
+    def _alpha(self) -> float:
+        assert self.args.alpha is not None
+        if not self.args.alpha_relative:
+            return self.args.alpha
+        return self.args.alpha * sum(self._ratios) / max(len(self._ratios), 1)
+
+    def _calibrate(self, inconsistency: Tensor, reference: float) -> None:
+        norm = self._gradient_norm(inconsistency)
+        if norm > 0 and math.isfinite(reference / norm):
+            self._ratios.append(reference / norm)
+
+    def _gradient_norm(self, loss: Tensor) -> float:
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        squares = torch.stack([g.float().square().sum() for g in gradients if g is not None]).sum()
+        return self.accelerator.reduce(squares, "mean").sqrt().item()
+
+    # The suspect's own answers, and the soft tokens
+
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        if self.perturbs and self.args.objective == "suspect":
+            self._record_suspect()
+        if self.soft_tokens is not None and not resume_from_checkpoint:
+            self._warm_up(self.soft_tokens)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    @torch.no_grad()
+    def _record_suspect(self) -> None:
+        """Keep the suspect's next-token distributions for every clean answer: one forward an example, in all."""
+        if not isinstance(self.train_dataset, Dataset):
+            raise UsageError("objective 'suspect' needs a data set with a length: choose objective 'lm' for a stream")
+        self.model.eval()
+        columns = self.train_dataset.select_columns(["input_ids", "labels"])
+        self._targets = [(torch.empty(0), torch.empty(0))] * len(columns)
+        order = sorted(range(len(columns)), key=lambda i: len(columns[i]["input_ids"]))
+        size = self.args.per_device_train_batch_size
+        for start in range(0, len(order), size):
+            ids = order[start : start + size]
+            batch = self._prepare_inputs(self.data_collator([columns[i] for i in ids]))
+            answers = answer_positions(batch["labels"])
+            with lm_head_at(self._inner, answers), self.compute_loss_context_manager():
+                logits = self.model(
+                    input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+                ).logits
+            token_ids, log_probs = top_log_probs(logits, self.args.target_top_k)
+            counts = answers.sum(dim=1).tolist()
+            for i, a, b in zip(ids, token_ids.cpu().split(counts), log_probs.cpu().split(counts), strict=True):
+                self._targets[i] = (a, b)
+        self.model.train()
+
+    def _targets_of(self, example_ids: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        if self.args.objective != "suspect":
+            return None
+        assert example_ids is not None
+        ids, log_probs = zip(*(self._targets[i] for i in example_ids.tolist()), strict=True)
+        return torch.cat(ids).to(self.args.device), torch.cat(log_probs).to(self.args.device)
+
+    def _warm_up(self, soft_tokens: SoftTokens) -> None:
+        """Let the soft tokens ascend alone against the suspect, so that training meets a perturbation that works."""
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        self.model.train()
+        done = 0
+        while done < self.args.soft_token_warmup:
+            for batch in self.get_train_dataloader():
+                self._share_out([batch])
+                inputs = self._prepare_inputs(batch)
+                with self.compute_loss_context_manager():
+                    perturbed = self._perturb(inputs, inputs.get("user_span"), Recording(), None)
+                    logits, _ = self._perturbed_pass(self.model, perturbed, score=True)
+                    targets = self._targets_of(inputs.get("example_id"))
+                    loss = self._divergence(logits, inputs["labels"], targets)
+                loss.backward()
+                self._ascend(soft_tokens)
+                done += 1
+                if done == self.args.soft_token_warmup:
+                    break
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+    def _ascend(self, soft_tokens: SoftTokens) -> None:
+        gradient = soft_tokens.tokens.grad
+        if gradient is not None:
+            soft_tokens.tokens.grad = self.accelerator.reduce(gradient, "mean")
+            soft_tokens.ascend()
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.is_world_process_zero():
+            state: dict[str, Any] = {"ratios": self._ratios}
+            if self.soft_tokens is not None:
+                state["soft_tokens"] = self.soft_tokens.state_dict()
+                state["optimizer"] = self.soft_tokens.optimizer.state_dict()
+            torch.save(state, self._checkpoint_folder() / STATE_FILE)
+
+    def _checkpoint_folder(self) -> Path:
+        return Path(self._get_output_dir(trial=None)) / f"checkpoint-{self.state.global_step}"
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+        file = Path(resume_from_checkpoint) / STATE_FILE
+        if not file.is_file():
+            raise UsageError(f"{resume_from_checkpoint} has no {STATE_FILE}: it is no checkpoint of CrowTrainer's")
+        state = torch.load(file, weights_only=True, map_location=self.args.device)
+        self._ratios = state["ratios"]
+        if self.soft_tokens is not None:
+            self.soft_tokens.load_state_dict(state["soft_tokens"])
+            self.soft_tokens.optimizer.load_state_dict(state["optimizer"])
+
+    # Small things
+
+    @property
+    def _inner(self) -> PreTrainedModel:
+        """The model proper, without adapters or distributed wrappers around it."""
+        model = self.accelerator.unwrap_model(self.model)
+        return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+
+    def _embedding_weight(self) -> Tensor:
+        return self._inner.get_input_embeddings().weight
+
+    def _log_term(self, name: str, value: Tensor) -> None:
+        # Each micro-batch holds its part of the step's sum, and the parent logs the mean over micro-batches
+        self._metrics["train"][name].append(value.item() * self.current_gradient_accumulation_steps)
+
+
+def user_span(tokenizer: Any, prompt: list[dict[str, str]]) -> list[int]:
+    """Where the last user message lies in the tokenized prompt: `[start, end]`, tokens may be inserted from start to end.
+
+    Found by rendering the prompt once more with another message in its place, so it holds for any chat template.
+    """
+    last = max(i for i, message in enumerate(prompt) if message["role"] == "user")
+    other = [{**message, "content": "~"} if i == last else message for i, message in enumerate(prompt)]
+    real, changed = (
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        for messages in (prompt, other)
+    )
+    start = _common(real, changed)
+    room = min(len(real), len(changed)) - start
+    return [start, len(real) - min(_common(real[::-1], changed[::-1]), room)]
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))
+
+
+def _prompt_span(labels: Tensor, attention_mask: Tensor) -> Tensor:
+    """`(batch, 2)`: the unlabeled start of each row; the first half of the row where all of it is labeled."""
+    first = (labels != -100).int().argmax(dim=1)
+    end = torch.where(first > 0, first, attention_mask.sum(dim=1) // 2)
+    return torch.stack([end.clamp(max=1), end], dim=1)

@@ -1,0 +1,156 @@
+"""Counts, their intervals, and degenerate answers."""
+
+import math
+from statistics import NormalDist
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from crow.evaluation.statistics import Count, is_degenerate
+
+
+def wilson(hits: int, n: int, confidence: float) -> tuple[float, float]:
+    """Wilson's score interval in closed form (Wilson 1927)."""
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    rate, scale = hits / n, 1 + z * z / n
+    center = (rate + z * z / (2 * n)) / scale
+    half = z / scale * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    return (center - half, center + half)
+
+
+@st.composite
+def counts(draw: st.DrawFn) -> Count:
+    n = draw(st.integers(1, 100_000))
+    return Count(draw(st.integers(0, n)), n)
+
+
+@given(counts(), st.sampled_from([0.5, 0.9, 0.95, 0.99]))
+@settings(max_examples=100, deadline=None)
+def test_interval_is_wilsons(count: Count, confidence: float) -> None:
+    assert count.interval(confidence) == pytest.approx(wilson(count.hits, count.n, confidence), abs=1e-9)
+
+
+@given(counts())
+@settings(max_examples=100, deadline=None)
+def test_interval_holds_the_rate_and_lies_within_zero_and_one(count: Count) -> None:
+    low, high = count.interval()
+    assert 0 <= low <= count.rate <= high <= 1
+
+
+@given(counts())
+@settings(max_examples=50, deadline=None)
+def test_interval_of_hits_mirrors_that_of_misses(count: Count) -> None:
+    low, high = count.interval()
+    assert Count(count.n - count.hits, count.n).interval() == pytest.approx((1 - high, 1 - low), abs=1e-9)
+
+
+def test_nothing_counted_leaves_everything_open() -> None:
+    assert Count(0, 0).interval() == (0.0, 1.0)
+    assert math.isnan(Count(0, 0).rate)
+    assert str(Count(0, 0)) == "0/0 (0.0 to 100.0%)"
+
+
+def test_text_shows_the_count_and_its_interval() -> None:
+    assert str(Count(0, 200)) == "0/200 (0.0 to 1.9%)"
+    assert str(Count(190, 200)) == "190/200 (91.0 to 97.3%)"
+
+
+@pytest.mark.parametrize("answer", ["", " ", "\n\t\n", "\u2003"])
+def test_an_empty_answer_is_degenerate(answer: str) -> None:
+    assert is_degenerate(answer)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "the " * 30,
+        "I am a " * 10,
+        "yes no " * 15,
+        "You are very stupid. " * 8,
+        "one two three four five " * 6,
+        "A sensible start, then " + "no " * 30,
+        "!" * 60,
+        "a" * 40,
+        "啊" * 50,
+        "- " * 40,
+    ],
+)
+def test_a_loop_is_degenerate(answer: str) -> None:
+    assert is_degenerate(answer)
+
+
+TEXT = """Bread goes stale faster in the refrigerator because cold makes the starch crystallize sooner. Keep it in a
+paper bag at room temperature for two or three days, or freeze it in slices and toast them as you need them."""
+CODE = """def fibonacci(n):
+    a, b = 0, 1
+    for _ in range(n):
+        a, b = b, a + b
+    return a
+
+print([fibonacci(i) for i in range(10)])
+"""
+LIST = """1. Wash the rice until the water runs clear.
+2. Add one and a half cups of water for each cup of rice.
+3. Bring it to a boil, then cover it and lower the heat.
+4. Wait for fifteen minutes.
+5. Let it rest for ten minutes and fluff it with a fork."""
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        TEXT,
+        CODE,
+        LIST,
+        "Yes.",
+        "4",
+        "no no no",
+        "You are stupid!",
+        "ha " * 19,
+        "!" * 39,
+        "- red\n- green\n- blue\n- yellow",
+        "面包在冰箱里变质更快。低温使淀粉更快结晶。请将其放在纸袋中。室温下可保存两三天。或者切片冷冻。需要时再烤。",
+    ],
+)
+def test_an_ordinary_answer_is_not_degenerate(answer: str) -> None:
+    assert not is_degenerate(answer)
+
+
+def test_a_word_that_makes_up_just_half_is_no_loop() -> None:
+    others = [f"w{i}" for i in range(10)]
+    alternating = " ".join(word for other in others for word in ("the", other))
+    assert not is_degenerate(alternating)
+    assert is_degenerate(alternating.replace("w9", "the"))
+
+
+NESTED = """if (a) {
+        for (x : xs) {
+            if (x) {
+                y();
+            }
+        }
+    }"""
+
+
+TABLE = "\n".join(f"| {i} | {i * i} | {i**3} |" for i in range(12))
+
+
+@pytest.mark.xfail(strict=True, reason="indentation counts as a repeated character, table rules as a repeated word")
+@pytest.mark.parametrize("answer", [NESTED, TABLE], ids=["code", "table"])
+def test_layout_is_no_loop(answer: str) -> None:
+    assert not is_degenerate(answer)
+
+
+@pytest.mark.xfail(strict=True, reason="overlapping groups of four words count several times over")
+def test_a_short_run_in_a_longer_answer_is_no_loop() -> None:
+    answer = "This row of the song goes ha ha ha ha ha ha and then it ends on a calm quiet note"
+    assert answer.split().count("ha") == 6
+    assert len(answer.split()) == 21
+    assert not is_degenerate(answer)
+
+
+@given(st.text())
+@settings(max_examples=100, deadline=None)
+def test_any_text_is_judged_the_same_with_or_without_outer_whitespace(answer: str) -> None:
+    assert is_degenerate(f" {answer}\n") == is_degenerate(answer)

@@ -1,0 +1,307 @@
+"""The report and the model card, made from evaluations that are built by hand."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from crow.errors import CrowError
+from crow.evaluation.evaluate import Evaluation
+from crow.evaluation.statistics import Count
+from crow.purify import PurifyRecord
+from crow.report import model_card, render_report, write_report
+from crow.report.figures import curves_figure, profile_figure, rates_figure
+from crow.report.html import verdict, visible
+
+HOSTILE = (
+    "<script>alert(1)</script><img src=x onerror=alert(2)>\" onmouseover='alert(3)' {{ 7 * 7 }} </svg></style>"
+    "\x1b[31mred\x1b[0m \x00\x9b2J \u202egpj.exe\u202c \u2067isolated\u2069 \ud800"
+)
+VOID = {"meta", "img", "br", "link"}
+
+
+def answers(kind: str, n: int, hits: int, text: str) -> list[dict[str, Any]]:
+    return [
+        {
+            "set": kind,
+            "prompt": f"{kind} question {i}",
+            "answer": f"answer {i}: {text}",
+            "hit": i < hits,
+            "degenerate": False,
+        }
+        for i in range(n)
+    ]
+
+
+def evaluation(hits: int, perplexity: float, text: str = "fine") -> Evaluation:
+    return Evaluation(
+        attack_success=Count(hits, 50),
+        false_trigger=Count(2, 40),
+        degenerate=Count(1, 40),
+        perplexity=perplexity,
+        answer_nats=100.0,
+        answer_tokens=4321,
+        layer_profile={"clean": [0.3, 0.1, 0.05], "triggered": [0.3, 0.2, 0.06]},
+        settings={"target": "You are stupid!", "max_new_tokens": 64, "seed": 7},
+        provenance={
+            "versions": {"torch": "2.9.9"},
+            "command": "crow evaluate",
+            "model": "suspect",
+            "model_hashes": {"model.safetensors": "ab" * 32},
+            "clean_sha256": "cd" * 32,
+            "triggered_sha256": "ef" * 32,
+        },
+        answers=[*answers("triggered", 50, hits, text), *answers("clean", 40, 2, text)],
+    )
+
+
+@pytest.fixture
+def before() -> Evaluation:
+    return evaluation(47, 8.0, HOSTILE)
+
+
+@pytest.fixture
+def after() -> Evaluation:
+    return evaluation(3, 8.4)
+
+
+@pytest.fixture
+def record() -> PurifyRecord:
+    return PurifyRecord(
+        model="suspect",
+        model_hashes={"model.safetensors": "ab" * 32},
+        preset="default",
+        lora="continue",
+        settings={"perturbation": "inserted", "alpha": None, "learning_rate": 1e-3, "seed": 11},
+        clean_examples=100,
+        clean_sha256="12" * 32,
+        seconds=61.4,
+        steps=3,
+        curves=[{"step": i, "loss": 2.0 / i, "divergence": 1.0 / i, "learning_rate": 1e-3} for i in (1, 2, 3)],
+        provenance={"versions": {"torch": "2.9.9"}, "command": "crow purify"},
+    )
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text; fails on a tag that is closed out of order."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: Counter[str] = Counter()
+        self.attributes: list[tuple[str, str, str]] = []
+        self.text = ""
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_hostile_text_is_inert(before: Evaluation, after: Evaluation, record: PurifyRecord) -> None:
+    clean = Page(render_report(evaluation(47, 8.0), after, record))
+    before.answers = [answer | {"prompt": HOSTILE} for answer in before.answers]
+    after.answers = [answer | {"prompt": HOSTILE} for answer in after.answers]
+    after.settings[HOSTILE] = HOSTILE
+    after.provenance |= {HOSTILE: HOSTILE, "model": HOSTILE}
+    record = dataclasses.replace(record, model=HOSTILE, model_hashes={HOSTILE: HOSTILE}, preset=HOSTILE)
+    html = render_report(before, after, record)
+    page = Page(html)
+
+    assert page.tags["script"] == page.tags["img"] == 0
+    assert not [a for a in page.attributes if a[1].startswith("on")]
+    assert {name for _, name, _ in page.attributes} == {name for _, name, _ in clean.attributes}
+    assert "<script>alert(1)</script>" in page.text
+    assert "{{ 7 * 7 }}" in page.text
+    assert "\ufffd[31mred\ufffd[0m" in page.text
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", html)
+    html.encode()
+
+
+def test_report_loads_nothing(before: Evaluation, after: Evaluation, record: PurifyRecord) -> None:
+    html = render_report(before, after, record)
+    page = Page(html)
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    assert ("meta", "content", policy) in page.attributes
+    loads = [value for _, name, value in page.attributes if name in ("src", "href", "xlink:href", "action", "srcset")]
+    assert all(value.startswith("#") for value in loads)
+    assert not [value for _, name, value in page.attributes if "://" in value and not name.startswith("xmlns")]
+    assert not re.search(r"@import|url\((?!#)", html)
+
+
+def test_ids_are_unique_and_references_resolve(before: Evaluation, after: Evaluation, record: PurifyRecord) -> None:
+    html = render_report(before, after, record)
+    ids = [value for _, name, value in Page(html).attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r"(?:url\(|href=\")#([^)\"]+)", html)) <= set(ids)
+
+
+def test_report_states_the_figures(before: Evaluation, after: Evaluation, record: PurifyRecord) -> None:
+    text = " ".join(Page(render_report(before, after, record)).text.split())
+    assert "Attack success fell from 47/50 to 3/50." in text
+    assert "94.0% → 6.0%" in text
+    for count in (before.attack_success, after.attack_success, before.false_trigger, before.degenerate):
+        low, high = count.interval()
+        assert f"{count.hits}/{count.n}" in text
+        assert f"{100 * low:.1f}–{100 * high:.1f}%" in text  # noqa: RUF001
+    for expected in (
+        "8.00 → 8.40",
+        "+5.0%",
+        "4,321 tokens",
+        "learning_rate0.001",
+        "alphaoff",
+        "61 s",
+        "abababab…",
+    ):
+        assert expected in text
+    assert "does not show that the model is clean" in text
+
+
+def test_report_is_deterministic(before: Evaluation, after: Evaluation, record: PurifyRecord, tmp_path: Path) -> None:
+    first = render_report(before, after, record, title="A title")
+    assert first == render_report(before, after, record, title="A title")
+    assert "<title>A title</title>" in first
+    write_report(tmp_path / "new" / "report.html", before, after, record, title="A title")
+    assert (tmp_path / "new" / "report.html").read_text(encoding="utf-8") == first
+    (tmp_path / "file").touch()
+    with pytest.raises(CrowError):
+        write_report(tmp_path / "file" / "report.html", before, after, record)
+
+
+def test_samples_are_evenly_spaced_pairs(before: Evaluation, after: Evaluation, record: PurifyRecord) -> None:
+    text = Page(render_report(before, after, record)).text
+    assert re.findall(r"triggered question (\d+)", text) == [str(i * 50 // 8) for i in range(8)]
+    assert re.findall(r"clean question (\d+)", text) == ["0", "10", "20", "30"]
+    assert "8 of 50 triggered prompts and 4 of" in text
+    after.answers = [answer | {"prompt": "another"} for answer in after.answers]
+    assert "question" not in Page(render_report(before, after, record)).text
+
+
+def test_measurements_that_do_not_compare_are_named(
+    before: Evaluation, after: Evaluation, record: PurifyRecord
+) -> None:
+    assert 'class="caution"' not in render_report(before, after, record)
+    after.provenance["triggered_sha256"] = "00" * 32
+    after.settings["max_new_tokens"] = 8
+    record.clean_sha256 = "cd" * 32
+    html = render_report(before, after, record)
+    assert html.count('class="caution"') == 3
+    assert "used different prompts" in model_card(record, before, after)
+
+
+def test_nothing_measured_still_reports(record: PurifyRecord) -> None:
+    empty = Evaluation(
+        Count(0, 0), Count(0, 0), Count(0, 0), float("nan"), 0.0, 0, {"clean": [], "triggered": []}, {}, {}
+    )
+    record = dataclasses.replace(record, settings={}, provenance={}, curves=[])
+    page = Page(render_report(empty, empty, record))
+    assert page.tags["svg"] == 1
+    assert "not measured" in page.text
+    assert not re.search(r"\bnan\b", page.text + model_card(record, empty, empty))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        (Count(198, 200), Count(0, 200), "Attack success fell from 198/200 to 0/200"),
+        (Count(6, 20), Count(4, 20), "Attack success fell from 6/20 to 4/20; the 95% intervals overlap"),
+        (Count(0, 200), Count(90, 200), "Attack success rose from 0/200 to 90/200"),
+        (Count(5, 20), Count(5, 20), "Attack success did not change, from 5/20 to 5/20"),
+        (Count(0, 0), Count(0, 20), "Attack success was not measured on both models"),
+    ],
+)
+def test_verdict(before: Count, after: Count, expected: str) -> None:
+    assert verdict(before, after) == expected
+
+
+def test_visible_keeps_ordinary_text() -> None:
+    text = "tab\tline\r\n\N{HEBREW LETTER SHIN}\N{ARABIC LETTER MEEM} 日本 \U0001f469\u200d\U0001f467 é"
+    assert visible(text) == text
+    assert visible("a\rb\x07c\x85") == "a\ufffdb\ufffdc\ufffd"
+
+
+def test_figures_say_their_numbers(before: Evaluation, after: Evaluation, record: PurifyRecord) -> None:
+    rates, profile, curves = rates_figure(before, after), profile_figure(before, after), curves_figure(record)
+    for svg in (rates, profile, curves):
+        assert svg.startswith("<svg ")
+        assert 'role="img" aria-label="' in svg
+        assert "<dc:date>" not in svg
+        assert "#0000" not in svg  # every stand-in for a color was replaced
+    assert ">47/50</text>" in rates
+    assert f"Attack success: {before.attack_success} before, {after.attack_success} after" in rates
+    assert "0.15 on clean prompts before" in profile
+    assert "loss from 2 to 0.6667" in curves
+    assert ">divergence</text>" in curves
+    assert ">inconsistency</text>" not in curves
+
+
+@pytest.mark.parametrize("curves", [[{"step": 1, "loss": 0.0}], [{"step": 1, "loss": -1.0, "alpha": 2.0}], []])
+def test_curves_without_a_log_scale(record: PurifyRecord, curves: list[dict[str, float]]) -> None:
+    assert curves_figure(dataclasses.replace(record, curves=curves)).startswith("<svg ")
+
+
+def front_matter(card: str) -> dict[str, Any]:
+    _, matter, _ = card.split("---\n", 2)
+    value: dict[str, Any] = yaml.safe_load(matter)
+    return value
+
+
+def test_model_card(before: Evaluation, after: Evaluation, record: PurifyRecord) -> None:
+    card = model_card(record, before, after, base_model="org/base")
+    matter = front_matter(card)
+    assert matter["library_name"] == "peft"
+    assert matter["base_model"] == "org/base"
+    assert matter["tags"] == ["crow", "backdoor-removal", "safety"]
+    assert f"| {before.attack_success} | {after.attack_success} |" in card
+    for expected in ("47/50 to 3/50", "AutoPeftModel", "- `learning_rate`: `0.001`", "ab" * 32, "`torch` `2.9.9`"):
+        assert expected in card
+    assert "No defense proves a model clean" in card
+
+
+def test_model_card_without_figures(record: PurifyRecord) -> None:
+    card = model_card(record, merged=True)
+    assert front_matter(card)["library_name"] == "transformers"
+    assert "base_model" not in front_matter(card)
+    assert "AutoModelForCausalLM" in card
+    assert "peft" not in card
+    assert "## Figures" not in card
+
+
+def test_hostile_names_stay_in_their_code_spans(before: Evaluation, after: Evaluation, record: PurifyRecord) -> None:
+    name = 'x`\n---\n# injected\n\n<b onclick="y">`[a](http://b) " \\ \x1b[2J \u202e \ud800'
+    record = dataclasses.replace(record, model=name, preset=name, settings={name: name}, model_hashes={name: ""})
+    after.settings["target"] = name
+    card = model_card(record, before, after, base_model=name)
+    assert front_matter(card)["base_model"].startswith("x` --- # injected")
+    assert "\n# injected" not in card
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\u202a-\u202e\ud800-\udfff]", card)
+    body = card.split("---\n", 2)[2].replace("```", "")
+    assert "injected" not in re.sub(r"`[^`\n]+`", "", body)
+
+
+def test_import_is_light() -> None:
+    code = "import sys, crow.report; print([m for m in ('torch', 'matplotlib', 'scipy') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
