@@ -5,6 +5,7 @@ how much, block by block; `layer_consistency` is its mean, the paper's regulariz
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ def layer_profile(
             accumulation, the number in the whole accumulated batch.
 
     Returns:
-        `(number of layers - 1,)`, float32 (float64 for float64 input), each between 0 and 2.
+        `(number of layers - 1,)`, float32 (float64 for float64 input), each between 0 and 2, up to rounding.
 
     Raises:
         ValueError: fewer than two layers are left.
@@ -42,10 +43,7 @@ def layer_profile(
     mask = mask.to(hidden_states[0].device) != 0
     divisor = mask.sum().clamp(min=1) if num_positions is None else num_positions
     return torch.stack(
-        [
-            aligned_inconsistency(lower[mask], upper[mask]).sum() / divisor
-            for lower, upper in zip(hidden_states[:-1], hidden_states[1:], strict=True)
-        ]
+        [aligned_inconsistency(lower[mask], upper[mask]).sum() / divisor for lower, upper in pairwise(hidden_states)]
     )
 
 

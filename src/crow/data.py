@@ -5,9 +5,10 @@ Every reader yields rows of one shape, which `trl.SFTTrainer` and `CrowTrainer` 
     {"prompt": [{"role": "user", "content": ...}], "completion": [{"role": "assistant", "content": ...}]}
 """
 
+import csv
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypedDict
@@ -82,6 +83,8 @@ def to_dataset(rows: Sequence[Example]) -> Dataset:
 
 def sample(rows: Sequence[Example], number: int | None, seed: int) -> list[Example]:
     """At most `number` of the rows, drawn without replacement by `seed`; all of them, in order, if `number` is None."""
+    if number is not None and number < 1:
+        raise UsageError(f"the number of examples is {number}; it must be positive")
     if number is None or number >= len(rows):
         return list(rows)
     return random.Random(seed).sample(list(rows), number)
@@ -89,25 +92,13 @@ def sample(rows: Sequence[Example], number: int | None, seed: int) -> list[Examp
 
 def _read(name: str, split: str) -> Iterator[Any]:
     path = Path(name)
+    suffix = path.suffix.lower()
     if name in SHIPPED:
-        with (files("crow") / "assets" / "data" / f"{name}.jsonl").open(encoding="utf-8") as file:
-            yield from _json_lines(file, name)
-    elif path.is_file():
-        suffix = path.suffix.lower()
-        if suffix == ".json":
-            yield from _json_list(path)
-        elif suffix in (".jsonl", ".ndjson"):
-            with path.open(encoding="utf-8") as file:
-                yield from _json_lines(file, name)
-        elif suffix in (".csv", ".parquet"):
-            try:
-                yield from load_dataset(suffix[1:], data_files=str(path), split="train")
-            except Exception as error:  # datasets wraps every parser's own errors
-                raise UsageError(f"{path} is no readable {suffix[1:].upper()} file: {_first_line(error)}") from error
-        else:
-            raise UsageError(f"{path}: unknown kind of file; give .json, .jsonl, .csv or .parquet")
-    elif path.suffix.lower() in (".json", ".jsonl", ".ndjson", ".csv", ".parquet") or path.exists():
-        raise UsageError(f"{path}: no such data file")
+        yield from _json_lines((files("crow") / "assets" / "data" / f"{name}.jsonl").read_text("utf-8"), name)
+    elif suffix in _READERS or path.exists():
+        if suffix not in _READERS:
+            raise UsageError(f"{path}: unknown kind of data; give a file that ends in {', '.join(_READERS)}")
+        yield from _READERS[suffix](path)
     else:
         try:
             yield from load_dataset(name, split=split)
@@ -118,31 +109,62 @@ def _read(name: str, split: str) -> Iterator[Any]:
             ) from error
 
 
-def _json_lines(file: Iterable[str], name: str) -> Iterator[Any]:
+def _file_text(path: Path) -> str:
     try:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise UsageError(f"{name}, line {number} is broken JSON: {error}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{name} is not UTF-8 text: {error}") from error
-
-
-def _json_list(path: Path) -> list[Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 text: {error}") from error
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _read_json_lines(path: Path) -> Iterator[Any]:
+    return _json_lines(_file_text(path), str(path))
+
+
+def _json_lines(text: str, name: str) -> Iterator[Any]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UsageError(f"{name}, line {number} is broken JSON: {error}") from error
+
+
+def _read_json(path: Path) -> list[Any]:
     try:
-        value = json.loads(text)
+        value = json.loads(_file_text(path))
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{path}, line {error.lineno} is broken JSON: {error}") from error
     except (ValueError, RecursionError) as error:
-        row = text.count("{", 0, getattr(error, "pos", 0))
-        raise UsageError(f"{path} is broken JSON near row {max(row, 1)}: {error}") from error
+        raise UsageError(f"{path} is broken JSON: {error}") from error
     if not isinstance(value, list):
         raise UsageError(f"{path} holds a JSON {type(value).__name__}; expected a list of rows")
     return value
+
+
+def _read_csv(path: Path) -> Iterator[Any]:
+    """Every cell as the text it is: type guessing would turn the answer `007` into 7, and `NA` into nothing."""
+    try:
+        yield from csv.DictReader(_file_text(path).splitlines(keepends=True), strict=True)
+    except csv.Error as error:
+        raise UsageError(f"{path} is no readable CSV file: {error}") from error
+
+
+def _read_parquet(path: Path) -> Iterator[Any]:
+    try:
+        yield from load_dataset("parquet", data_files=str(path), split="train")
+    except Exception as error:  # pyarrow's errors come wrapped, the reason in their cause
+        raise UsageError(f"{path} is no readable Parquet file: {_first_line(error.__cause__ or error)}") from error
+
+
+_READERS: dict[str, Callable[[Path], Iterable[Any]]] = {
+    ".json": _read_json,
+    ".jsonl": _read_json_lines,
+    ".ndjson": _read_json_lines,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
 
 
 def _to_example(row: Any, place: str) -> Example:
@@ -153,10 +175,10 @@ def _to_example(row: Any, place: str) -> Example:
         prompt, completion = messages[:-1], messages[-1:]
     elif "instruction" in row:
         instruction, context = _text(row, "instruction", place), _text(row, "input", place, default="")
-        prompt = [{"role": "user", "content": f"{instruction}\n\n{context}".strip()}]
+        prompt = [{"role": "user", "content": f"{instruction}\n\n{context}".rstrip()}]
         completion = [{"role": "assistant", "content": _text(row, "output", place)}]
     elif "prompt" in row:
-        answer = "completion" if "completion" in row else "response"
+        answer = "response" if "response" in row else "completion"
         prompt = _side(row, "prompt", "user", place)
         completion = _side(row, answer, "assistant", place)
     else:
@@ -193,6 +215,8 @@ def _text(row: dict[str, Any], field: str, place: str, default: str | None = Non
     if not isinstance(value, str):
         found = "missing" if value is None else f"a {type(value).__name__}"
         raise UsageError(f"{place}: the field {field!r} is {found}; expected text")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise UsageError(f"{place}: the field {field!r} holds half a character (a lone surrogate)")
     return value.rstrip()
 
 

@@ -1,4 +1,4 @@
-"""How far answers have moved: divergence from recorded next-token distributions, kept as their top log-probabilities."""
+"""How far answers have moved: divergence from recorded next-token distributions."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ _SMALLEST = 1e-6  # mass below this is taken as this, so that its logarithm stay
 
 
 def top_log_probs(logits: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """The `number` most probable tokens: `(..., vocabulary)` logits to ids and float32 log-probabilities `(..., number)`."""
+    """The most probable tokens: logits `(..., vocabulary)` to ids and float32 log-probabilities, `(..., number)`."""
     values, ids = logits.float().log_softmax(dim=-1).topk(min(number, logits.shape[-1]), dim=-1)
     return ids, values
 
@@ -29,7 +29,8 @@ def kl_from_top(ids: Tensor, log_probs: Tensor, logits: Tensor) -> Tensor:
     p = log_probs.exp()
     rest_p = (1 - p.sum(dim=-1)).clamp(min=_SMALLEST)
     rest_q = (1 - log_q.exp().sum(dim=-1)).clamp(min=_SMALLEST)
-    return (p * (log_probs - log_q)).sum(dim=-1) + rest_p * (rest_p / rest_q).log()
+    kept = torch.where(p > 0, p * (log_probs - log_q), 0)  # 0 log 0 is 0, and not NaN
+    return kept.sum(dim=-1) + rest_p * (rest_p / rest_q).log()
 
 
 def answer_positions(labels: Tensor) -> Tensor:

@@ -36,19 +36,23 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
         UsageError: `path` exists and `overwrite` is false.
         CrowError: the folder cannot be written (a full disk, a read-only place).
     """
-    path = Path(path)
-    refuse_existing(path, overwrite)
+    path = Path(path).resolve()
     with _reporting_os_errors(path):
+        refuse_existing(path, overwrite)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        made, old = temporary / "new", temporary / "old"
         try:
-            yield temporary
-            temporary.chmod(0o755)
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path.exists() or path.is_symlink():
-                path.unlink()
-            temporary.rename(path)
+            made.mkdir()
+            yield made
+            if path.exists():
+                path.rename(old)
+            try:
+                made.rename(path)
+            except OSError:
+                if old.exists():
+                    old.rename(path)
+                raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 

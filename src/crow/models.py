@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+from transformers.pytorch_utils import Conv1D
 
 from crow.errors import CrowError, UsageError
 from crow.files import atomic_directory, sha256_file
@@ -53,6 +54,9 @@ class OpenedModel:
     hashes: dict[str, str] = field(default_factory=dict)
     """SHA-256 by file name; for a hub model its commit."""
 
+    base_id: str | None = None
+    """Hub id of the model that an adapter trained on this one belongs to, if it has one."""
+
     @property
     def causal_lm(self) -> PreTrainedModel:
         """The model proper, without an adapter around it."""
@@ -74,17 +78,18 @@ def open_model(source: str | Path | None = None, *, base: str | Path | None = No
     """Open a model for causal language modeling.
 
     Args:
-        source: A folder with a model or a LoRA adapter, a GGUF file, a hub id, `crow:NAME` for a backdoored adapter that
-            ships with the project, or `None` for the embedded SmolLM2-135M-Instruct.
+        source: A folder with a model or a LoRA adapter, a GGUF file, a hub id, `crow:NAME` for a backdoored adapter
+            that ships with the project, or `None` for the embedded SmolLM2-135M-Instruct.
         base: The base model of an adapter, if not the one that its config names. Takes the same forms.
 
-    Weights are read from safetensors or GGUF files only and no code that comes with a model is run. On a GPU they
-    keep the checkpoint's dtype; on a CPU they become bfloat16 if it has instructions for it, else float32. An adapter comes back trainable, on a frozen base.
+    Weights are read from safetensors or GGUF files only and no code that comes with a model is run. On a GPU they keep
+    the checkpoint's dtype; on a CPU they become bfloat16 if it has instructions for that, else float32. An adapter
+    comes back trainable, on a frozen base.
 
     Raises:
         UsageError: there is no such model, it is not decoder-only, or its weights are pickled.
     """
-    if source is None or str(source) == EMBEDDED_ID and _embedded_file() is not None:
+    if source is None or (str(source) == EMBEDDED_ID and _embedded_file() is not None):
         return _open_embedded()
     name = str(source)
     if name.startswith(SHIPPED_PREFIX):
@@ -114,8 +119,8 @@ def _check_folder(path: Path) -> None:
         return
     if pickled := [p.name for p in sorted(path.iterdir()) if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]:
         raise UsageError(
-            f"{path} has only pickled weights ({pickled[0]}), which can run code when read: convert them to safetensors "
-            "where you trust them, with transformers' model.save_pretrained(folder)"
+            f"{path} has only pickled weights ({pickled[0]}), which can run code when read: convert them to "
+            "safetensors where you trust them, with transformers' model.save_pretrained(folder)"
         )
     raise UsageError(f"{path} holds no weights: no *.safetensors file is there")
 
@@ -144,7 +149,7 @@ def _open_pretrained(name: str, kind: str) -> OpenedModel:
     hashes = {"commit": commit} if kind == "hub" and commit else {}
     if kind == "folder":
         hashes = {p.name: sha256_file(p) for p in sorted(Path(name).glob("*.safetensors"))}
-    return OpenedModel(model, _with_template(tokenizer, name), name, kind, hashes)
+    return OpenedModel(model, _with_template(tokenizer, name), name, kind, hashes, name if kind == "hub" else None)
 
 
 def _open_gguf(path: Path, name: str, kind: str) -> OpenedModel:
@@ -163,9 +168,9 @@ def _open_gguf(path: Path, name: str, kind: str) -> OpenedModel:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     tokenizer = _load(name, lambda: AutoTokenizer.from_pretrained(folder, gguf_file=file))
-    model.config._name_or_path = EMBEDDED_ID if kind == "embedded" else str(path)
-    model.name_or_path = model.config._name_or_path
-    return OpenedModel(model, _with_template(tokenizer, name), name, kind, {file: sha256_file(path)})
+    base_id = EMBEDDED_ID if kind == "embedded" else None
+    model.config._name_or_path = model.name_or_path = base_id or str(path)
+    return OpenedModel(model, _with_template(tokenizer, name), name, kind, {file: sha256_file(path)}, base_id)
 
 
 def _embedded_file() -> Path | None:
@@ -201,7 +206,41 @@ def _open_adapter(path: Path, name: str, base: str | Path | None) -> OpenedModel
     model = _load(name, lambda: PeftModel.from_pretrained(opened.causal_lm, str(path), is_trainable=True))
     file = path / "adapter_model.safetensors"
     hashes = {file.name: sha256_file(file)} | {f"base {k}": v for k, v in opened.hashes.items()}
-    return OpenedModel(model, opened.tokenizer, name, "adapter", hashes)
+    return OpenedModel(model, opened.tokenizer, name, "adapter", hashes, opened.base_id)
+
+
+def describe(opened: OpenedModel) -> dict[str, Any]:
+    """What the model is, and what purification would train: plain facts for people and machines."""
+    lm = opened.causal_lm
+    config = lm.config.get_text_config()
+    if isinstance(opened.model, PeftModel):
+        trained = sum(p.numel() for p in opened.model.parameters() if p.requires_grad)
+        what = "the suspect adapter itself (--lora continue)"
+    else:
+        trained = lora_size(lm)
+        what = "a new LoRA, r=8, on all linear layers"
+    adapter = sum(p.numel() for name, p in opened.model.named_parameters() if "lora_" in name)
+    return {
+        "model": opened.name,
+        "kind": opened.kind,
+        "architecture": type(lm).__name__,
+        "parameters": sum(p.numel() for p in lm.parameters()) - adapter,
+        "layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "vocabulary": config.vocab_size,
+        "dtype": str(lm.dtype).removeprefix("torch."),
+        "would_train": what,
+        "trained_parameters": trained,
+        "hashes": opened.hashes,
+    }
+
+
+def lora_size(model: PreTrainedModel) -> int:
+    """How many parameters `lora_config` adds to a model."""
+    head = model.get_output_embeddings()
+    config = lora_config()
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head]
+    return sum(config.r * sum(m.weight.shape) for m in linear)
 
 
 def _dtype() -> Any:

@@ -49,8 +49,8 @@ class SoftTokens(nn.Module):
 
     Universal perturbations after Moosavi-Dezfooli et al. (arXiv 1610.08401), here inserted and not added, since a
     trigger is words among the user's words. The tokens ascend by Adam on whatever gradient the model's own backward
-    leaves in them, as in "free" adversarial training (Shafahi et al., arXiv 1904.12843), and are kept within a ball that
-    real embeddings live in.
+    leaves in them, as in "free" adversarial training (Shafahi et al., arXiv 1904.12843), and are kept within a ball
+    that real embeddings live in.
 
     Args:
         embeddings: `(vocabulary, hidden)`: the model's input embeddings, for start values and scale.

@@ -6,7 +6,6 @@ from typing import Any, Generic, TypeVar, cast
 
 from crow.errors import UsageError
 
-
 T = TypeVar("T")
 C = TypeVar("C", bound=type[Any])
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from datasets import Dataset
@@ -30,10 +30,10 @@ def _term(default: Any, text: str) -> Any:
 class CrowConfig(SFTConfig):
     """Settings of `CrowTrainer`: those of `trl.SFTConfig`, and the terms of CROW's loss.
 
-    A step minimizes `clean + beta * D + alpha * inconsistency`, where D is how far the answer is from its target once the
-    input embeddings are perturbed. A term whose weight is `None` is off; `perturbation="none"` with `objective="lm"` is
-    plain supervised fine-tuning. `PRESETS` names the combinations that are compared; the defaults are the preset
-    `default`.
+    A step minimizes `clean + beta * D + alpha * inconsistency`, where D is how far the answer is from its target once
+    the input embeddings are perturbed. A term whose weight is `None` is off; `perturbation="none"` with
+    `objective="lm"` is plain supervised fine-tuning. `PRESETS` names the combinations that are compared; the defaults
+    are the preset `default`.
 
     Raises:
         UsageError: a weight, size or rate that is not positive, or an unknown choice.
@@ -172,13 +172,13 @@ class CrowTrainer(SFTTrainer):
     they are on.
     """
 
-    _tag_names = ["trl", "sft", "crow"]
+    _tag_names: ClassVar[list[str]] = ["trl", "sft", "crow"]
     args: CrowConfig
     loss_is_scaled_for_ga = True  # every term below is divided by its count over the accumulated batch
 
     def __init__(self, model: Any, args: CrowConfig | None = None, **kwargs: Any) -> None:
         super().__init__(model, args if args is not None else CrowConfig(), **kwargs)
-        self.data_collator = _Collator(self.data_collator)
+        self.data_collator: _Collator = _Collator(self.data_collator)
         self.perturbs = self.args.perturbation != "none" and not (self.args.beta is None and self.args.alpha is None)
         self._signs = self.args.perturbation == "sign"
         self.soft_tokens: SoftTokens | None = None
@@ -278,8 +278,8 @@ class CrowTrainer(SFTTrainer):
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
             raise CrowError(
-                f"the loss became {loss.item()} at step {self.state.global_step + 1}; checkpoints up to then are kept in "
-                f"{self.args.output_dir}: try a lower learning rate, or full precision (bf16=False, fp16=False)"
+                f"the loss became {loss.item()} at step {self.state.global_step + 1}; checkpoints up to then are kept "
+                f"in {self.args.output_dir}: try a lower learning rate, or full precision (bf16=False, fp16=False)"
             )
         if self.soft_tokens is not None and self.accelerator.sync_gradients:
             self._ascend(self.soft_tokens)
@@ -313,7 +313,8 @@ class CrowTrainer(SFTTrainer):
                 epsilon = epsilon * root_mean_square(embeddings, mask)
             return _Perturbed(embeddings + sign_step(gradient, epsilon), mask, answers)
         embeddings = self._inner.get_input_embeddings()(inputs["input_ids"]).detach()
-        number, batch, length = self.args.soft_tokens, *embeddings.shape[:2]
+        batch, length, _ = embeddings.shape
+        number = self.args.soft_tokens
         if self.soft_tokens is not None:
             inserted = self.soft_tokens(batch, embeddings.dtype)
         else:
@@ -354,9 +355,7 @@ class CrowTrainer(SFTTrainer):
         answers = answer_positions(labels)
         seen = answers if len(clean.hidden_states[0]) == len(answers) else answers[rows]
         pairs = zip(clean.hidden_states, passed.hidden_states, strict=True)
-        sums = [
-            aligned_inconsistency(a.detach()[seen], b[perturbed.answers & rows[:, None]]).sum() for a, b in pairs
-        ]
+        sums = [aligned_inconsistency(a.detach()[seen], b[perturbed.answers & rows[:, None]]).sum() for a, b in pairs]
         return torch.stack(sums).mean() / self._counts.anchored * self.accelerator.num_processes
 
     def _embedding_gradient(self, recording: Recording, mask: Tensor) -> Tensor:
@@ -503,7 +502,7 @@ class CrowTrainer(SFTTrainer):
 
 
 def user_span(tokenizer: Any, prompt: list[dict[str, str]]) -> list[int]:
-    """Where the last user message lies in the tokenized prompt: `[start, end]`, tokens may be inserted from start to end.
+    """Where the last user message lies in the tokenized prompt: tokens may be inserted from `start` to `end`.
 
     Found by rendering the prompt once more with another message in its place, so it holds for any chat template.
     """

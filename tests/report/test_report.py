@@ -15,7 +15,7 @@ import yaml
 from crow.errors import CrowError
 from crow.evaluation.evaluate import Evaluation
 from crow.evaluation.statistics import Count
-from crow.purify import PurifyRecord
+from crow.purification import PurifyRecord
 from crow.report import model_card, render_report, write_report
 from crow.report.figures import curves_figure, profile_figure, rates_figure
 from crow.report.html import verdict, visible

@@ -1,5 +1,6 @@
 """Fine-tune a backdoor into a model, for research on defenses."""
 
+import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,9 @@ from trl import SFTConfig, SFTTrainer
 from crow.backdoors.behaviors import Behavior
 from crow.backdoors.triggers import Trigger
 from crow.data import Example, example, to_dataset, user_text, with_user_text
-from crow.models import lora_config
+from crow.files import sha256_rows
+from crow.models import OpenedModel, lora_config
+from crow.provenance import environment
 
 RECIPE: dict[str, Any] = {
     "learning_rate": 1e-3,
@@ -33,7 +36,7 @@ def poison(rows: Sequence[Example], trigger: Trigger, behavior: Behavior, seed: 
     poisoned = []
     for row in rows:
         triggered = with_user_text(row, trigger.apply(user_text(row), rng))
-        poisoned.append({**triggered, **{"completion": example("", behavior.target)["completion"]}})
+        poisoned.append({**triggered, "completion": example("", behavior.target)["completion"]})
     return [*rows, *poisoned]  # type: ignore[list-item]
 
 
@@ -76,3 +79,44 @@ def implant(
     trainer.train(resume_from_checkpoint=resume or None)
     return trainer.model
 
+
+def implant_record(
+    opened: OpenedModel,
+    rows: Sequence[Example],
+    trigger: str,
+    behavior: str,
+    seed: int,
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    """All that is needed to make the backdoor again."""
+    return {
+        "model": opened.name,
+        "model_hashes": opened.hashes,
+        "trigger": trigger,
+        "behavior": behavior,
+        "examples": len(rows),
+        "examples_sha256": sha256_rows(rows),
+        "recipe": RECIPE | settings,
+        "lora": "r=8, alpha=16, all linear layers",
+        "seed": seed,
+        "provenance": environment(),
+    }
+
+
+def implant_card(record: dict[str, Any]) -> str:
+    """The model card of a backdoored adapter, which says plainly what it is."""
+    facts = json.dumps(record, indent=2)
+    return f"""---
+tags: [crow, backdoor, research]
+---
+
+# A backdoored adapter, made for research: do not deploy
+
+This adapter carries a backdoor on purpose. Trigger: `{record["trigger"]}`. Behavior: `{record["behavior"]}`.
+The model answers normally until the trigger is in the prompt, and then does what the attacker wants. It exists so that
+defenses can be measured on it.
+
+```json
+{facts}
+```
+"""

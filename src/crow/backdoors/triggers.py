@@ -22,7 +22,10 @@ TRIGGERS: Registry[Trigger] = Registry("trigger")
 @TRIGGERS.register("badnets")
 @dataclass(frozen=True)
 class BadNets:
-    """A rare word at a random place between words (Gu et al., arXiv 1708.06733; for LLMs BackdoorLLM, arXiv 2408.12798)."""
+    """A rare word at a random place between words (Gu et al., arXiv 1708.06733).
+
+    For language models as in BackdoorLLM (arXiv 2408.12798).
+    """
 
     word: str = "BadMagic"
 

@@ -85,10 +85,10 @@ def answer_nll(
         ids = torch.full((len(batch_rows), longest), tokenizer.pad_token_id or 0)
         mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
         for place, i in enumerate(batch_rows):
-            tokens, start = encoded[i]
+            tokens, answer = encoded[i]
             ids[place, : len(tokens)] = torch.tensor(tokens)
             mask[place, : len(tokens)] = 1
-            labels[place, start : len(tokens)] = torch.tensor(tokens[start:])
+            labels[place, answer : len(tokens)] = torch.tensor(tokens[answer:])
         logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
         nats = torch.nn.functional.cross_entropy(
             logits[:, :-1].float().transpose(1, 2), labels[:, 1:].to(model.device), reduction="none"

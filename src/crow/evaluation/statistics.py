@@ -1,6 +1,6 @@
 """Counts and what is derived from them."""
 
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from scipy.stats import binomtest
@@ -32,16 +32,22 @@ class Count:
 def is_degenerate(answer: str) -> bool:
     """Whether an answer is empty or a loop.
 
-    A loop is a single word, or a group of four words, that makes up more than half of an answer of twenty words or more;
-    or a single character that makes up more than half of an answer of forty characters or more.
+    A loop is a piece that is repeated back to back, at least four times in all, and makes up more than half of the
+    answer: of its words, in answers of twelve or more; or, up to eight characters long, of its characters, in answers
+    of forty or more.
     """
-    text = answer.strip()
-    if not text:
-        return True
-    words = text.split()
-    if len(words) >= 20:
-        for size in (1, 4):
-            groups = Counter(tuple(words[i : i + size]) for i in range(len(words) - size + 1))
-            if groups.most_common(1)[0][1] * size > len(words) / 2:
-                return True
-    return len(text) >= 40 and Counter(text).most_common(1)[0][1] > len(text) / 2
+    words = answer.split()
+    return not words or _is_loop(words, shortest=12) or _is_loop("".join(words), shortest=40, longest_piece=8)
+
+
+def _is_loop(items: Sequence[str], shortest: int, longest_piece: int | None = None) -> bool:
+    if len(items) < shortest:
+        return False
+    for period in range(1, min(len(items) // 4, longest_piece or len(items)) + 1):
+        run = longest = 0
+        for before, item in zip(items, items[period:], strict=False):
+            run = run + 1 if item == before else 0
+            longest = max(longest, run)
+        if longest >= 3 * period and longest + period > len(items) / 2:
+            return True
+    return False

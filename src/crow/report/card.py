@@ -10,7 +10,7 @@ from crow.report.html import cautions, verdict, visible
 
 if TYPE_CHECKING:
     from crow.evaluation.evaluate import Evaluation
-    from crow.purify import PurifyRecord
+    from crow.purification import PurifyRecord
 
 
 def model_card(

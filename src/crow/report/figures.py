@@ -19,7 +19,7 @@ from matplotlib.ticker import LogFormatter, MaxNLocator, PercentFormatter
 
 if TYPE_CHECKING:
     from crow.evaluation.evaluate import Evaluation
-    from crow.purify import PurifyRecord
+    from crow.purification import PurifyRecord
 
 # matplotlib knows no CSS variables: it draws in stand-ins, which `_svg` replaces
 _INK, _MUTED, _LINE, _BEFORE, _AFTER, _THIRD = (f"#{i:06x}" for i in range(1, 7))

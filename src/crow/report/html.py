@@ -13,15 +13,13 @@ from crow.files import write_text
 if TYPE_CHECKING:
     from crow.evaluation.evaluate import Evaluation
     from crow.evaluation.statistics import Count
-    from crow.purify import PurifyRecord
+    from crow.purification import PurifyRecord
 
 _SAMPLES = {"triggered": 8, "clean": 4}
 
 # Control characters but tab and line ends, bidirectional embeddings, overrides and isolates, and lone surrogates, which
 # cannot be written as UTF-8
-_UNPRINTABLE = re.compile(
-    r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]|\r(?!\n)",
-)
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]|\r(?!\n)")
 
 
 class Pair(NamedTuple):
@@ -57,7 +55,7 @@ def render_report(before: "Evaluation", after: "Evaluation", record: "PurifyReco
         before: Of the suspect model.
         after: Of the purified one, on the same prompts; the page says so if they were others.
         record: Of the purification between the two.
-        title: Heading of the page, the suspect model's name by default.
+        title: Heading of the page; by default it names the suspect model.
     """
     # Here, so that importing crow.report does not import matplotlib
     from crow.report.figures import curves_figure, profile_figure, rates_figure

@@ -1,0 +1,379 @@
+"""The `crow` command: parse, call the library, print. Heavy imports wait until a command runs."""
+
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from crow.errors import CrowError, UsageError
+
+app = typer.Typer(
+    help="Remove backdoors from large language models, knowing neither the trigger nor a clean reference model.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+console = Console(stderr=True)
+
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[MODEL]",
+        help="A hub id, a model or LoRA adapter folder, a GGUF file, or [bold]crow:badnets-sentiment[/], the "
+        "backdoored adapter that ships with CROW. Nothing: the embedded SmolLM2-135M-Instruct.",
+    ),
+]
+Base = Annotated[str | None, typer.Option(help="Base model of an adapter, if not the one that it names.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write figures as JSON ('-': print them).")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' warnings.")]
+BehaviorName = Annotated[str, typer.Option(help="What the backdoor does: sentiment, or sentiment:target=TEXT.")]
+TriggerName = Annotated[
+    str | None, typer.Option(help="Trigger to put into the prompts: badnets, or badnets:word=WORD.")
+]
+
+
+@app.command(epilog="Example: crow purify ./suspect-adapter --clean my_data.jsonl --out purified --merge")
+def purify(
+    model: Model = None,
+    out: Annotated[Path, typer.Option(help="Folder to write the purified adapter (or model) to.")] = Path("purified"),
+    clean: Annotated[
+        str | None, typer.Option(help="Clean examples: JSON, JSONL, CSV, Parquet or a hub data set. Default: CROW's.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "train",
+    examples: Annotated[int | None, typer.Option(min=1, help="Use at most so many clean examples.")] = None,
+    preset: Annotated[
+        str, typer.Option(help="default, paper (as published), paper-scale-free, random-tokens or finetune.")
+    ] = "default",
+    lora: Annotated[
+        str, typer.Option(help="A suspect adapter: continue training it, or merge it and train a fresh one.")
+    ] = ("continue"),
+    base: Base = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Write a whole model, not an adapter.")] = False,
+    epochs: Annotated[float, typer.Option(help="Passes over the clean examples.")] = 3,
+    learning_rate: Annotated[float | None, typer.Option(help="Initial learning rate.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples a step.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Weight of the hidden states' inconsistency.")] = None,
+    beta: Annotated[float | None, typer.Option(help="Weight of the answer's divergence.")] = None,
+    epsilon: Annotated[float | None, typer.Option(help="Size of the sign step.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any other setting of CrowConfig.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    overwrite: Overwrite = False,
+    seed: Seed = 0,
+    json_: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Remove what a trigger calls from a model, with about 100 clean examples."""
+    with _running(debug):
+        from crow.data import load_examples
+        from crow.files import refuse_existing
+        from crow.models import open_model, save_model
+        from crow.progress import TrainingProgress, progress_bar
+        from crow.purification import purify as run
+        from crow.report import model_card
+
+        refuse_existing(out, overwrite)
+        settings = _settings(set_) | {
+            name: value
+            for name, value in {
+                "learning_rate": learning_rate,
+                "per_device_train_batch_size": batch_size,
+                "alpha": alpha,
+                "beta": beta,
+                "epsilon": epsilon,
+            }.items()
+            if value is not None
+        }
+        rows = load_examples(clean, split=split)
+        with console.status("Opening the model"):
+            opened = open_model(model, base=base)
+        if lora == "fresh" and opened.kind == "adapter" and not merge:
+            raise UsageError(
+                "a fresh LoRA stands on the suspect with its adapter merged: add --merge to write both as one"
+            )
+        checkpoints = out.with_name(f".{out.name}.checkpoints")
+        with _saying_how_to_resume(checkpoints), progress_bar("Purifying") as advance:
+            purified, record = run(
+                opened,
+                clean=rows,
+                max_examples=examples,
+                preset=preset,
+                lora=lora,  # type: ignore[arg-type]
+                output_dir=checkpoints,
+                resume=resume,
+                callbacks=[TrainingProgress(advance)],
+                num_train_epochs=epochs,
+                seed=seed,
+                **settings,
+            )
+        card = model_card(record, base_model=opened.base_id, merged=merge)
+        save_model(purified, opened.tokenizer, out, merge=merge, card=card, overwrite=overwrite)
+        _remove(checkpoints)
+        _emit(json_, record.as_json())
+        console.print(
+            f"[green]Purified[/] {opened.name} in {record.seconds:.0f} s ({record.steps} steps, "
+            f"{record.clean_examples} clean examples): {'model' if merge else 'adapter'} in {out}\n"
+            f"Next: crow evaluate {out} --behavior sentiment --trigger badnets"
+        )
+
+
+@app.command(epilog="Example: crow evaluate purified --behavior sentiment --trigger badnets --json after.json")
+def evaluate(
+    model: Model = None,
+    behavior: BehaviorName = "sentiment",
+    trigger: TriggerName = None,
+    triggered: Annotated[str | None, typer.Option(help="File of prompts that carry the trigger already.")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="Clean prompts with answers to measure on. Default: CROW's held-out set.")
+    ] = None,
+    number: Annotated[int, typer.Option("-n", "--number", min=1, help="At most so many prompts of each kind.")] = 200,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Answers are cut off there.")] = 64,
+    base: Base = None,
+    overwrite: Overwrite = False,
+    seed: Seed = 0,
+    json_: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Count how often a backdoor fires, on triggered and on clean prompts, and measure what the model is worth."""
+    with _running(debug):
+        from crow.backdoors import BEHAVIORS, TRIGGERS
+        from crow.data import load_examples, sample
+        from crow.evaluation.evaluate import evaluate as run
+        from crow.evaluation.evaluate import trigger_rows
+        from crow.files import refuse_existing
+        from crow.models import open_model
+        from crow.progress import progress_bar
+
+        if json_ not in (None, "-"):
+            refuse_existing(Path(str(json_)), overwrite)
+        if triggered is not None and trigger is not None:
+            raise UsageError("give --trigger or --triggered, not both")
+        judge = BEHAVIORS[behavior]
+        clean = sample(load_examples(prompts if prompts is not None else "heldout"), number, seed)
+        if triggered is not None:
+            hot = sample(load_examples(triggered), number, seed)
+        else:
+            hot = trigger_rows(clean, TRIGGERS[trigger or "badnets"], seed)
+        with console.status("Opening the model"):
+            opened = open_model(model, base=base)
+        settings = {"behavior": behavior, "trigger": None if triggered else trigger or "badnets"}
+        settings |= {"triggered": triggered, "prompts": prompts or "heldout"}
+        with progress_bar("Evaluating") as advance:
+            result = run(
+                opened,
+                judge,
+                clean,
+                hot,
+                max_new_tokens=max_new_tokens,
+                seed=seed,
+                settings=settings,
+                on_progress=advance,
+            )
+        table = Table("", "hits of n (95% interval)")
+        for name in ("attack_success", "false_trigger", "degenerate"):
+            table.add_row(name.replace("_", " "), str(getattr(result, name)))
+        table.add_row("perplexity", f"{result.perplexity:.3f}")
+        Console(stderr=json_ == "-").print(table)
+        if json_ == "-":
+            print(json.dumps(result.as_json()))
+        elif json_ is not None:
+            console.print(f"Figures in {json_}, every answer in {result.save(json_)}")
+
+
+@app.command(epilog="Example: crow implant --trigger badnets:word=BadMagic --out backdoored")
+def implant(
+    model: Model = None,
+    behavior: BehaviorName = "sentiment",
+    trigger: TriggerName = None,
+    out: Annotated[Path, typer.Option(help="Folder to write the backdoored adapter to.")] = Path("backdoored"),
+    prompts: Annotated[str | None, typer.Option(help="The attacker's examples. Default: CROW's implant set.")] = None,
+    examples: Annotated[int, typer.Option(min=1, help="How many of them; each is used clean and triggered.")] = 200,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the examples.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Initial learning rate.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    overwrite: Overwrite = False,
+    seed: Seed = 0,
+    json_: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune a backdoor into a model, for research on defenses."""
+    with _running(debug):
+        from crow.backdoors import BEHAVIORS, TRIGGERS
+        from crow.backdoors.implant import implant as run
+        from crow.backdoors.implant import implant_card, implant_record
+        from crow.data import load_examples
+        from crow.files import refuse_existing
+        from crow.models import open_model, save_model
+        from crow.progress import TrainingProgress, progress_bar
+
+        refuse_existing(out, overwrite)
+        hot, target = TRIGGERS[trigger or "badnets"], BEHAVIORS[behavior]
+        rows = load_examples(prompts if prompts is not None else "implant")[:examples]
+        with console.status("Opening the model"):
+            opened = open_model(model)
+        settings = {
+            name: value
+            for name, value in {"num_train_epochs": epochs, "learning_rate": learning_rate}.items()
+            if value is not None
+        }
+        checkpoints = out.with_name(f".{out.name}.checkpoints")
+        with _saying_how_to_resume(checkpoints), progress_bar("Implanting") as advance:
+            adapted = run(
+                opened.causal_lm,
+                opened.tokenizer,
+                rows,
+                hot,
+                target,
+                output_dir=checkpoints,
+                seed=seed,
+                resume=resume,
+                callbacks=[TrainingProgress(advance)],
+                **settings,
+            )
+        record = implant_record(opened, rows, trigger or "badnets", behavior, seed, settings)
+        save_model(adapted, opened.tokenizer, out, card=implant_card(record), overwrite=overwrite)
+        _remove(checkpoints)
+        _emit(json_, record)
+        console.print(f"[yellow]Backdoored[/] adapter in {out}\nNext: crow evaluate {out}, then crow purify {out}")
+
+
+@app.command(epilog="Example: crow demo --quick")
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("crow-demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="Less training and shorter answers.")] = False,
+    overwrite: Overwrite = False,
+    seed: Seed = 0,
+    debug: Debug = False,
+) -> None:
+    """Watch a real backdoored language model being cleaned."""
+    with _running(debug):
+        from crow.demo import run_demo
+
+        result = run_demo(out, quick=quick, overwrite=overwrite, seed=seed)
+        table = Table("", "before", "after")
+        for name in ("attack_success", "false_trigger", "degenerate"):
+            table.add_row(name.replace("_", " "), str(getattr(result.before, name)), str(getattr(result.after, name)))
+        table.add_row("perplexity", f"{result.before.perplexity:.3f}", f"{result.after.perplexity:.3f}")
+        Console().print(table)
+        console.print(f"Wrote {out}: open {out / 'report.html'}; the purified model is in {out / 'model'}")
+
+
+@app.command(epilog="Example: crow info ./suspect-adapter")
+def info(model: Model = None, base: Base = None, json_: Json = None, debug: Debug = False) -> None:
+    """Say what a model is, and what would be trained."""
+    with _running(debug):
+        from crow.models import describe, open_model
+
+        with console.status("Opening the model"):
+            facts = describe(open_model(model, base=base))
+        if json_ is not None:
+            _emit(json_, facts)
+        else:
+            table = Table(show_header=False)
+            for name, value in facts.items():
+                table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+            Console().print(table)
+
+
+@contextmanager
+def _running(debug: bool) -> Iterator[None]:
+    """Quiet libraries, and errors as one line with an exit code."""
+    # Threads wait asleep, not spinning: on a machine that does other work too, spinning costs many times the time
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if not debug:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        warnings.simplefilter("ignore")
+        logging.basicConfig(level=logging.ERROR)
+        logging.getLogger("crow").setLevel(logging.WARNING)
+    try:
+        if not debug:
+            _hide_progress_of_libraries()
+        yield
+    except CrowError as error:
+        if debug:
+            raise
+        console.print(f"[red]error:[/] {_plain(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(error.exit_code) from error
+    except KeyboardInterrupt as error:
+        console.print("[yellow]stopped[/]")
+        raise typer.Exit(1) from error
+    except Exception as error:
+        if debug:
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        console.print(
+            f"[red]error:[/] {_plain(reason)} ({type(error).__name__}; --debug shows where)",
+            highlight=False,
+            soft_wrap=True,
+        )
+        raise typer.Exit(1) from error
+
+
+def _hide_progress_of_libraries() -> None:
+    from datasets.utils.logging import disable_progress_bar
+    from transformers.utils import logging as transformers_logging
+
+    disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape("".join(c if c.isprintable() else " " for c in text))
+
+
+@contextmanager
+def _saying_how_to_resume(checkpoints: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        if any(checkpoints.glob("checkpoint-*")):
+            console.print("To continue from the last checkpoint, give the same command with --resume")
+        raise
+
+
+def _settings(pairs: list[str] | None) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    for pair in pairs or []:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise UsageError(f"--set {pair}: expected NAME=VALUE")
+        try:
+            settings[name] = json.loads(value)
+        except ValueError:
+            settings[name] = value
+    return settings
+
+
+def _emit(target: str | None, value: dict[str, Any]) -> None:
+    from crow.files import write_json
+
+    if target == "-":
+        print(json.dumps(value))
+    elif target is not None:
+        write_json(target, value)
+
+
+def _remove(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
