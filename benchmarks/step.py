@@ -1,0 +1,120 @@
+"""Time and memory of one training step, against supervised fine-tuning by the same trainer with every extra term off.
+
+    python benchmarks/step.py --json step.json
+
+Times are medians over interleaved repetitions in one process, on the same batches of the shipped clean examples; the
+peak of memory is each form's own, in a process of its own. Runs on the embedded model.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+FORMS = ("finetune", "paper", "default")
+BATCHES, ROUNDS, MEMORY_STEPS = 2, 5, 3
+
+
+class Stepper:
+    """One form's trainer, ready to take single steps."""
+
+    def __init__(self, form: str) -> None:
+        from crow.data import load_examples, to_dataset
+        from crow.models import lora_config, open_model
+        from crow.trainer import PRESETS, CrowConfig, CrowTrainer
+
+        opened = open_model()
+        config = CrowConfig(
+            output_dir="unused",
+            report_to="none",
+            bf16=False,
+            save_strategy="no",
+            disable_tqdm=True,
+            seed=0,
+            **PRESETS[form],
+        )
+        rows = load_examples("clean")[: BATCHES * config.per_device_train_batch_size]
+        self.trainer = CrowTrainer(
+            opened.model,
+            config,
+            train_dataset=to_dataset(rows),
+            processing_class=opened.tokenizer,
+            peft_config=lora_config(),
+        )
+        self.trainer.current_gradient_accumulation_steps = 1
+        if config.objective == "suspect":
+            self.trainer._record_suspect()
+        self.batches = list(self.trainer.get_train_dataloader())
+
+    def step(self, batch: int) -> float:
+        """Seconds that a step on this batch takes."""
+        [inputs], items = self.trainer.get_batch_samples(iter([dict(self.batches[batch])]), 1, self.trainer.args.device)
+        started = time.perf_counter()
+        self.trainer.training_step(self.trainer.model, inputs, items)
+        seconds = time.perf_counter() - started
+        self.trainer.model.zero_grad()
+        return seconds
+
+
+def peak_memory(form: str) -> float:
+    """Peak of resident memory in MiB after a few steps, in a process of its own."""
+    output = subprocess.run([sys.executable, __file__, "--worker", form], check=True, capture_output=True, text=True)
+    return float(output.stdout.split()[-1])
+
+
+def worker(form: str) -> None:
+    stepper = Stepper(form)
+    for i in range(MEMORY_STEPS):
+        stepper.step(i % BATCHES)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def measure() -> dict[str, Any]:
+    from crow.provenance import environment
+
+    memory = {form: peak_memory(form) for form in FORMS}
+    steppers = {form: Stepper(form) for form in FORMS}
+    times: dict[str, list[float]] = {form: [] for form in FORMS}
+    for _round in range(ROUNDS + 1):
+        for batch in range(BATCHES):
+            for form, stepper in steppers.items():
+                seconds = stepper.step(batch)
+                if _round > 0:  # the first is for warming up
+                    times[form].append(seconds)
+    ratios = {
+        form: statistics.median(a / b for a, b in zip(times[form], times["finetune"], strict=True)) for form in FORMS
+    }
+    extra = [form for form in FORMS if form != "finetune"]
+    return {
+        "time_ratio": {form: ratios[form] for form in extra},
+        "memory_ratio": {form: memory[form] / memory["finetune"] for form in extra},
+        "seconds_per_step": {form: statistics.median(times[form]) for form in FORMS},
+        "peak_memory_mib": memory,
+        "repetitions": ROUNDS * BATCHES,
+        "batch_shapes": [list(batch["input_ids"].shape) for batch in steppers["finetune"].batches],
+        "provenance": environment(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--worker", choices=FORMS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        worker(args.worker)
+        return
+    figures = measure()
+    text = json.dumps(figures, indent=2)
+    if args.json:
+        args.json.write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
