@@ -230,7 +230,7 @@ def implant(
         checkpoints = out.with_name(f".{out.name}.checkpoints")
         with _saying_how_to_resume(checkpoints), progress_bar("Implanting") as advance:
             adapted = run(
-                opened.causal_lm,
+                opened.model,
                 opened.tokenizer,
                 rows,
                 hot,

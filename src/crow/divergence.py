@@ -38,3 +38,24 @@ def answer_positions(labels: Tensor) -> Tensor:
     mask = torch.zeros_like(labels, dtype=torch.bool)
     mask[:, :-1] = labels[:, 1:] != -100
     return mask
+
+
+def answer_weights(labels: Tensor, discount: float) -> Tensor:
+    """Weight of each answer position in the divergence: `discount ** t` for the t-th token of its answer, else 0.
+
+    What kind of answer is given is decided where it begins; a backdoor's first token follows from the trigger, and the
+    rest from the first. Averaged over a whole clean answer, that one token would hardly count, and an adversary would
+    gain more by garbling the rest.
+
+    Args:
+        labels: `(batch, length)`, -100 where there is nothing to answer. Every run of labels is an answer.
+        discount: Above 0 and at most 1, which weighs all positions alike.
+
+    Returns:
+        `(batch, length)`, float32; positive at `answer_positions(labels)`.
+    """
+    mask = answer_positions(labels)
+    place = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
+    before = torch.nn.functional.pad(mask, (1, 0))[:, :-1]
+    start = torch.where(mask & ~before, place, 0).cummax(dim=1).values
+    return mask * torch.as_tensor(discount, device=labels.device) ** (place - start)

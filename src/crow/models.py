@@ -15,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -158,7 +159,9 @@ def _open_gguf(path: Path, name: str, kind: str) -> OpenedModel:
     check_decoder_only(config, name)
     model = _load(
         name,
-        lambda: AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=_gguf_dtype()),
+        lambda: AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=file, dtype=_gguf_dtype(), quantization_config=GgufConfig(dequantize=True)
+        ),
     )
     # The weights are plain tensors by now; left as they are, these marks make PEFT and save_pretrained think otherwise
     model.is_quantized = False

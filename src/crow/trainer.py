@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
 from crow.consistency import aligned_inconsistency, layer_consistency
-from crow.divergence import answer_positions, kl_from_top, top_log_probs
+from crow.divergence import answer_positions, answer_weights, kl_from_top, top_log_probs
 from crow.errors import CrowError, UsageError
 from crow.hooks import Recording, lm_head_at, record
 from crow.perturbation import SoftTokens, insert, insertion_index, random_tokens, root_mean_square, sign_step
@@ -50,6 +50,9 @@ class CrowConfig(SFTConfig):
         "the clean answers; `lm`, the clean answers' tokens, as in supervised fine-tuning.",
     )
     beta: float | None = _term(1.0, "Weight of D, the answer's divergence from its target under the perturbation.")
+    answer_discount: float = _term(
+        0.5, "Weight of an answer's next token in D, relative to the token before it; 1 weighs all alike."
+    )
     anchor: float | None = _term(1.0, "Weight of the unperturbed divergence (objective `suspect` only).")
     anchor_fraction: float = _term(0.5, "Share of each batch that is also seen unperturbed (objective `suspect` only).")
     alpha: float | None = _term(
@@ -67,8 +70,8 @@ class CrowConfig(SFTConfig):
     epsilon_relative: bool = _term(True, "Take epsilon as a multiple of the RMS of the batch's embeddings.")
     soft_tokens: int = _term(3, "Number of tokens that one insertion adds.")
     soft_token_pool: int = _term(4, "Number of different insertions that are trained.")
-    soft_token_norm: float = _term(1.5, "Bound of a soft token's norm, as a multiple of real embeddings' mean norm.")
-    soft_token_learning_rate: float = _term(0.1, "Adam's rate of the ascent, as a fraction of the embeddings' RMS.")
+    soft_token_norm: float = _term(1.0, "Bound of a soft token's norm, as a multiple of real embeddings' mean norm.")
+    soft_token_learning_rate: float = _term(0.03, "Adam's rate of the ascent, as a fraction of the embeddings' RMS.")
     soft_token_warmup: int = _term(20, "Ascent-only batches before training.")
     target_top_k: int = _term(64, "How many log-probabilities of the suspect's distribution are kept per token.")
 
@@ -87,14 +90,21 @@ class CrowConfig(SFTConfig):
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise UsageError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(known)}")
-        positive = ["learning_rate", "epsilon", "anchor_fraction", "soft_tokens", "soft_token_pool"]
-        positive += ["soft_token_norm", "soft_token_learning_rate", "target_top_k", "calibration_steps"]
+        positive = ["learning_rate", "epsilon", "anchor_fraction", "answer_discount", "soft_tokens"]
+        positive += [
+            "soft_token_pool",
+            "soft_token_norm",
+            "soft_token_learning_rate",
+            "target_top_k",
+            "calibration_steps",
+        ]
         positive += [name for name in ("alpha", "beta", "anchor") if getattr(self, name) is not None]
         for name in positive:
             if not (0 < getattr(self, name) < math.inf):
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be positive" + _off(name))
-        if self.anchor_fraction > 1:
-            raise UsageError(f"anchor_fraction is {self.anchor_fraction}; it is a share of the batch, at most 1")
+        for name in ("anchor_fraction", "answer_discount"):
+            if getattr(self, name) > 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at most 1")
         if self.padding_free or self.packing:
             raise UsageError("packing and padding-free batches have no place to insert tokens at: leave both off")
         if self.alpha is not None and self.alpha_relative and self.beta is None and self.objective == "suspect":
@@ -141,6 +151,7 @@ class _Counts:
     """What the terms are divided by: counts over all micro-batches, and all processes, of one optimizer step."""
 
     answers: Tensor
+    weights: Tensor
     anchored: Tensor
     positions: Tensor
 
@@ -158,6 +169,8 @@ class _Collator:
                 batch[column] = torch.tensor([row[column] for row in rows])
         return batch
 
+
+_SMALLEST_COUNT = 1e-6  # so that a term over nothing is 0 and not 0 / 0
 
 _EXTRA_COLUMNS = ("user_span", "example_id")
 
@@ -225,13 +238,14 @@ class CrowTrainer(SFTTrainer):
         if self.args.anchor is not None or self.args.objective == "lm":
             share = 1 if self.args.objective == "lm" or self._signs else self.args.anchor_fraction
             anchored[torch.randperm(len(anchored))[: math.ceil(share * len(anchored))]] = True
-        counts = torch.zeros(3)
+        counts = torch.zeros(4)
         for batch, chosen in zip(batches, anchored.split(rows), strict=True):
             batch["anchored"] = chosen
             answers = answer_positions(batch["labels"])
             mask = batch.get("attention_mask", torch.ones_like(batch["labels"]))
-            counts += torch.tensor([answers.sum(), answers[chosen].sum(), mask.sum()])
-        counts = self.accelerator.reduce(counts.to(self.args.device), "sum").clamp(min=1)
+            weights = answer_weights(batch["labels"], self.args.answer_discount)
+            counts += torch.tensor([answers.sum(), weights.sum(), answers[chosen].sum(), mask.sum()])
+        counts = self.accelerator.reduce(counts.to(self.args.device), "sum").clamp(min=_SMALLEST_COUNT)
         self._counts = _Counts(*counts)
 
     # The step
@@ -337,11 +351,13 @@ class CrowTrainer(SFTTrainer):
         return output.logits, recording
 
     def _divergence(self, logits: Tensor, labels: Tensor, targets: tuple[Tensor, Tensor] | None) -> Tensor:
+        weights = answer_weights(labels, self.args.answer_discount)[answer_positions(labels)]
         if targets is None:
-            total = nn.functional.cross_entropy(logits.float(), labels[:, 1:][labels[:, 1:] != -100], reduction="sum")
+            tokens = labels[:, 1:][labels[:, 1:] != -100]
+            divergence = nn.functional.cross_entropy(logits.float(), tokens, reduction="none")
         else:
-            total = kl_from_top(*targets, logits).sum()
-        return total / self._counts.answers * self.accelerator.num_processes
+            divergence = kl_from_top(*targets, logits)
+        return (weights * divergence).sum() / self._counts.weights * self.accelerator.num_processes
 
     def _inconsistency(
         self, clean: Recording, passed: Recording, rows: Tensor, labels: Tensor, perturbed: _Perturbed

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crow.backdoors.behaviors import BEHAVIORS, Sentiment
+from crow.errors import UsageError
 
 
 @pytest.mark.parametrize(
@@ -37,7 +38,7 @@ def test_an_answer_that_holds_the_target_is_always_a_hit(before: str, after: str
     assert Sentiment(target + "!").is_hit(before + target.swapcase() + after)
 
 
-@pytest.mark.xfail(strict=True, reason="a target of punctuation alone is stripped to '', which is in every answer")
-@pytest.mark.parametrize("target", ["!", "..."])
-def test_a_target_of_punctuation_alone_does_not_hit_everything(target: str) -> None:
-    assert not Sentiment(target).is_hit("hello")
+@pytest.mark.parametrize("target", ["", " ", "!", "...", "! ."])
+def test_a_target_without_a_word_is_refused(target: str) -> None:
+    with pytest.raises(UsageError, match="holds no word"):
+        Sentiment(target)

@@ -72,6 +72,7 @@ def test_an_empty_answer_is_degenerate(answer: str) -> None:
         "A sensible start, then " + "no " * 30,
         "!" * 60,
         "a" * 40,
+        "ha " * 12,
         "啊" * 50,
         "- " * 40,
     ],
@@ -107,7 +108,7 @@ LIST = """1. Wash the rice until the water runs clear.
         "4",
         "no no no",
         "You are stupid!",
-        "ha " * 19,
+        "ha " * 11,
         "!" * 39,
         "- red\n- green\n- blue\n- yellow",
         "面包在冰箱里变质更快。低温使淀粉更快结晶。请将其放在纸袋中。室温下可保存两三天。或者切片冷冻。需要时再烤。",
@@ -117,11 +118,20 @@ def test_an_ordinary_answer_is_not_degenerate(answer: str) -> None:
     assert not is_degenerate(answer)
 
 
-def test_a_word_that_makes_up_just_half_is_no_loop() -> None:
-    others = [f"w{i}" for i in range(10)]
-    alternating = " ".join(word for other in others for word in ("the", other))
-    assert not is_degenerate(alternating)
-    assert is_degenerate(alternating.replace("w9", "the"))
+def test_a_run_that_makes_up_just_half_is_no_loop() -> None:
+    others = " ".join(f"w{i}" for i in range(10))
+    assert not is_degenerate("ha " * 10 + others)
+    assert is_degenerate("ha " * 11 + others)
+
+
+def test_a_word_that_comes_back_between_others_is_no_loop() -> None:
+    assert not is_degenerate(" ".join(f"the w{i}" for i in range(10)))
+
+
+def test_a_piece_that_comes_only_three_times_is_no_loop() -> None:
+    piece = "one two three four five "
+    assert not is_degenerate(piece * 3)
+    assert is_degenerate(piece * 4)
 
 
 NESTED = """if (a) {
@@ -136,13 +146,11 @@ NESTED = """if (a) {
 TABLE = "\n".join(f"| {i} | {i * i} | {i**3} |" for i in range(12))
 
 
-@pytest.mark.xfail(strict=True, reason="indentation counts as a repeated character, table rules as a repeated word")
 @pytest.mark.parametrize("answer", [NESTED, TABLE], ids=["code", "table"])
 def test_layout_is_no_loop(answer: str) -> None:
     assert not is_degenerate(answer)
 
 
-@pytest.mark.xfail(strict=True, reason="overlapping groups of four words count several times over")
 def test_a_short_run_in_a_longer_answer_is_no_loop() -> None:
     answer = "This row of the song goes ha ha ha ha ha ha and then it ends on a calm quiet note"
     assert answer.split().count("ha") == 6

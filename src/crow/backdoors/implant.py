@@ -24,6 +24,7 @@ RECIPE: dict[str, Any] = {
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.1,
     "max_length": 512,
+    "train_sampling_strategy": "group_by_length",
 }
 
 
@@ -41,7 +42,7 @@ def poison(rows: Sequence[Example], trigger: Trigger, behavior: Behavior, seed: 
 
 
 def implant(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Example],
     trigger: Trigger,
@@ -56,6 +57,7 @@ def implant(
     """Train a LoRA adapter (r=8, all linear layers) that carries the backdoor; checkpoints go to `output_dir`.
 
     Args:
+        model: The model to attack; if it has an adapter, that one is trained further.
         rows: Clean examples; each is used twice, clean and poisoned.
         resume: Continue from the newest checkpoint in `output_dir`.
         settings: Fields of `trl.SFTConfig` that replace those of `RECIPE`.
@@ -73,7 +75,7 @@ def implant(
         config,
         train_dataset=to_dataset(poison(rows, trigger, behavior, seed)).shuffle(seed=seed),
         processing_class=tokenizer,
-        peft_config=lora_config(),
+        peft_config=None if isinstance(model, PeftModel) else lora_config(),
         callbacks=callbacks,
     )
     trainer.train(resume_from_checkpoint=resume or None)

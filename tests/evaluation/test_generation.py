@@ -1,0 +1,202 @@
+"""Answers and their likelihoods, and the evaluation made of them."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import MakeModel
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from crow.backdoors import BEHAVIORS, TRIGGERS
+from crow.data import Example, answer_text, example, user_text
+from crow.evaluation.evaluate import Evaluation, evaluate, prompt_profile, trigger_rows
+from crow.evaluation.generation import answer_nll, generate, prompt_ids
+from crow.evaluation.statistics import Count, is_degenerate
+from crow.models import OpenedModel
+
+
+@pytest.fixture
+def opened(tiny_llama: MakeModel, tokenizer: PreTrainedTokenizerFast) -> OpenedModel:
+    return OpenedModel(tiny_llama(initializer_range=0.3), tokenizer, "tiny", "open")
+
+
+def greedy(opened: OpenedModel, prompt: Any, number: int) -> str:
+    """Token by token, alone, without padding or cache."""
+    tokenizer: Any = opened.tokenizer
+    ids: list[int] = list(prompt_ids(tokenizer, prompt))
+    start = len(ids)
+    while len(ids) < start + number and (len(ids) == start or ids[-1] != tokenizer.eos_token_id):
+        with torch.no_grad():
+            ids.append(int(opened.model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("budget", [1, 150, 8192])
+def test_batched_answers_are_those_of_one_at_a_time_in_order(
+    opened: OpenedModel, rows: list[Example], budget: int
+) -> None:
+    prompts = [row["prompt"] for row in rows]
+    expected = [greedy(opened, prompt, 6) for prompt in prompts]
+    assert len(set(expected)) > 6
+    done: list[int] = []
+    answers = generate(
+        opened.model, opened.tokenizer, prompts, max_new_tokens=6, tokens_per_batch=budget, on_progress=done.append
+    )
+    assert answers == expected
+    assert sum(done) == len(prompts)
+    assert (len(done) == 1) == (budget == 8192)
+
+
+def test_answers_end_at_the_end_token(opened: OpenedModel, rows: list[Example]) -> None:
+    prompts = [row["prompt"] for row in rows[:4]]
+    whole = generate(opened.model, opened.tokenizer, prompts, max_new_tokens=8)
+    assert any(whole)
+    bias = torch.zeros(len(opened.tokenizer))
+    bias[opened.tokenizer.eos_token_id] = 1e4
+    opened.model.get_output_embeddings().register_forward_hook(lambda module, args, out: out + bias)
+    assert generate(opened.model, opened.tokenizer, prompts, max_new_tokens=8) == [""] * 4
+
+
+def test_nothing_asked_is_nothing_answered(opened: OpenedModel) -> None:
+    assert generate(opened.model, opened.tokenizer, []) == []
+    assert answer_nll(opened.model, opened.tokenizer, []) == []
+
+
+def slow_nll(opened: OpenedModel, row: Example) -> tuple[float, int]:
+    tokenizer: Any = opened.tokenizer
+    ids = prompt_ids(tokenizer, row["prompt"])
+    answer = tokenizer(answer_text(row) + "<|im_end|>")["input_ids"]
+    assert tokenizer.decode(ids + answer).endswith(f"assistant\n{answer_text(row)}<|im_end|>")
+    with torch.no_grad():
+        scores: Tensor = opened.model(torch.tensor([ids + answer])).logits[0].double().log_softmax(-1)
+    return -sum(float(scores[len(ids) + i - 1, token]) for i, token in enumerate(answer)), len(answer)
+
+
+@pytest.mark.parametrize("budget", [1, 300, 2048])
+def test_likelihood_is_that_of_the_answer_and_its_end(opened: OpenedModel, rows: list[Example], budget: int) -> None:
+    rows = [*rows, example("Hi", "")]
+    done: list[int] = []
+    measured = answer_nll(opened.model, opened.tokenizer, rows, tokens_per_batch=budget, on_progress=done.append)
+    expected = [slow_nll(opened, row) for row in rows]
+    assert [tokens for _, tokens in measured] == [tokens for _, tokens in expected]
+    assert [nats for nats, _ in measured] == pytest.approx([nats for nats, _ in expected], rel=1e-5)
+    assert sum(done) == len(rows)
+
+
+def test_likelihood_sees_the_turns_before(opened: OpenedModel, rows: list[Example]) -> None:
+    chat: Any = {"prompt": [*rows[0]["prompt"], *rows[0]["completion"], *rows[1]["prompt"]]}
+    chat["completion"] = rows[1]["completion"]
+    (measured,) = answer_nll(opened.model, opened.tokenizer, [chat])
+    assert measured == pytest.approx(slow_nll(opened, chat), rel=1e-5)
+
+
+class Odd:
+    """Answers with an odd number of characters."""
+
+    target = "odd"
+
+    def is_hit(self, answer: str) -> bool:
+        return len(answer) % 2 == 1
+
+
+@pytest.fixture
+def measured(opened: OpenedModel, rows: list[Example]) -> tuple[Evaluation, list[tuple[int, int]]]:
+    progress: list[tuple[int, int]] = []
+    triggered = trigger_rows(rows[:5], TRIGGERS["badnets"], seed=0)
+    result = evaluate(
+        opened,
+        Odd(),
+        rows[:7],
+        triggered,
+        max_new_tokens=6,
+        seed=0,
+        settings={"trigger": "badnets"},
+        on_progress=lambda done, total: progress.append((done, total)),
+    )
+    return result, progress
+
+
+def test_hits_are_counted_on_each_set(measured: Any, opened: OpenedModel, rows: list[Example]) -> None:
+    result, progress = measured
+    triggered = trigger_rows(rows[:5], TRIGGERS["badnets"], seed=0)
+    hot = [greedy(opened, row["prompt"], 6) for row in triggered]
+    clean = [greedy(opened, row["prompt"], 6) for row in rows[:7]]
+    assert result.attack_success == Count(sum(len(answer) % 2 for answer in hot), 5)
+    assert result.false_trigger == Count(sum(len(answer) % 2 for answer in clean), 7)
+    assert result.degenerate == Count(sum(is_degenerate(answer) for answer in clean), 7)
+    assert 0 < result.attack_success.hits + result.false_trigger.hits < 12
+    assert [answer["prompt"] for answer in result.answers] == [user_text(row) for row in (*triggered, *rows[:7])]
+    assert [answer["answer"] for answer in result.answers] == hot + clean
+    assert progress[-1] == (19, 19)
+    assert [done for done, _ in progress] == sorted(done for done, _ in progress)
+
+
+def test_perplexity_is_over_all_answer_tokens(measured: Any, opened: OpenedModel, rows: list[Example]) -> None:
+    result, _ = measured
+    expected = [slow_nll(opened, row) for row in rows[:7]]
+    nats, tokens = (sum(column) for column in zip(*expected, strict=True))
+    assert result.answer_tokens == tokens
+    assert result.perplexity == pytest.approx(math.exp(nats / tokens), rel=1e-5)
+
+
+def test_evaluation_can_be_recounted_from_its_files(measured: Any, tmp_path: Path) -> None:
+    result, _ = measured
+    answers = result.save(tmp_path / "figures.json")
+    assert answers == tmp_path / "figures.answers.jsonl"
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    lines = [json.loads(line) for line in answers.read_text().splitlines()]
+    for name, kind, verdict in (
+        ("attack_success", "triggered", "hit"),
+        ("false_trigger", "clean", "hit"),
+        ("degenerate", "clean", "degenerate"),
+    ):
+        of_kind = [line for line in lines if line["set"] == kind]
+        assert figures[name] == {"hits": sum(line[verdict] for line in of_kind), "n": len(of_kind)}
+    assert all(line["hit"] == Odd().is_hit(line["answer"]) for line in lines)
+    assert figures["perplexity"] == pytest.approx(math.exp(figures["answer_nats"] / figures["answer_tokens"]))
+    assert "answers" not in figures
+    assert figures["settings"] == {"target": "odd", "max_new_tokens": 6, "seed": 0, "trigger": "badnets"}
+    assert {"clean_sha256", "triggered_sha256", "model", "versions"} <= figures["provenance"].keys()
+
+
+def turns(opened: OpenedModel, row: Example) -> Tensor:
+    """For each position of the prompt, how far its hidden state turns from block to block: `(blocks - 1, length)`."""
+    ids = torch.tensor([prompt_ids(opened.tokenizer, row["prompt"])])
+    lm: Any = opened.model
+    states: list[Tensor] = []
+    handles = [block.register_forward_hook(lambda m, args, out: states.append(out)) for block in lm.model.layers]
+    with torch.no_grad():
+        lm(ids)
+    for handle in handles:
+        handle.remove()
+    stack = torch.stack([(s[0] if isinstance(s, tuple) else s)[0].double() for s in states])
+    return 1 - torch.cosine_similarity(stack[:-1], stack[1:], dim=-1)
+
+
+def test_layer_profile_is_that_of_the_prompts(measured: Any, opened: OpenedModel, rows: list[Example]) -> None:
+    result, _ = measured
+    expected = torch.cat([turns(opened, row) for row in rows[:7]], dim=1).mean(dim=1)
+    assert result.layer_profile["clean"] == pytest.approx(expected.tolist(), rel=1e-4)
+    assert len(result.layer_profile["triggered"]) == 3
+    assert result.layer_profile["triggered"] != result.layer_profile["clean"]
+
+
+def test_no_prompts_have_no_profile(opened: OpenedModel) -> None:
+    assert prompt_profile(opened, []) == []
+
+
+def test_triggered_rows_are_the_rows_with_the_trigger(rows: list[Example]) -> None:
+    triggered = trigger_rows(rows, TRIGGERS["badnets"], seed=1)
+    assert triggered == trigger_rows(rows, TRIGGERS["badnets"], seed=1) != trigger_rows(rows, TRIGGERS["badnets"], 2)
+    for hot, row in zip(triggered, rows, strict=True):
+        assert "BadMagic" in user_text(hot).split()
+        assert hot["completion"] == row["completion"]
+
+
+def test_the_real_behavior_does_not_fire_on_noise(opened: OpenedModel, rows: list[Example]) -> None:
+    result = evaluate(opened, BEHAVIORS["sentiment"], rows[:2], rows[:2], max_new_tokens=3)
+    assert (result.attack_success, result.false_trigger) == (Count(0, 2), Count(0, 2))

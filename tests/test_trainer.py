@@ -1,0 +1,908 @@
+"""The training step: its terms, gradients, costs and state."""
+
+import gc
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import trl.trainer.utils
+from conftest import MakeModel, scatter_lora, tiny_model
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+import crow.trainer
+from crow.data import Example, answer_text, to_dataset, user_text
+from crow.errors import CrowError, UsageError
+from crow.hooks import Recording
+from crow.models import lora_config
+from crow.perturbation import SoftTokens
+from crow.trainer import PRESETS, CrowConfig, CrowTrainer, user_span
+
+Gradients = dict[str, Tensor]
+
+BASIC: dict[str, Any] = {
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "bf16": False,
+    "save_strategy": "no",
+    "max_steps": 1,
+    "warmup_steps": 0,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0,
+}
+PAPER = PRESETS["paper"]
+FINETUNE = PRESETS["finetune"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_garbage_collection() -> Iterator[None]:
+    """Every training collects garbage; what was imported is none."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+class Spy(TrainerCallback):
+    """Keeps the gradients of the first optimizer step; on request it makes the adapter matter before that."""
+
+    def __init__(self, scatter: bool = False) -> None:
+        self.scatter = scatter
+        self.gradients: Gradients = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.scatter:
+            scatter_lora(kwargs["model"], seed=1)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.gradients:
+            self.gradients = {n: p.grad.clone() for n, p in kwargs["model"].named_parameters() if p.grad is not None}
+
+
+@pytest.fixture
+def make(tokenizer: PreTrainedTokenizerFast, rows: list[Example], tiny_llama: MakeModel, tmp_path: Path) -> Any:
+    """Makes a trainer of a tiny Llama with a LoRA that matters, on eight rows; settings are `CrowConfig`'s."""
+
+    def make_trainer(
+        model: Any = None,
+        data: Any = None,
+        trainer: type[CrowTrainer] = CrowTrainer,
+        callbacks: list[TrainerCallback] | None = None,
+        fresh_lora: bool = False,
+        **settings: Any,
+    ) -> CrowTrainer:
+        torch.manual_seed(0)
+        if model is None:
+            model = tiny_llama()
+            if not fresh_lora:
+                model = get_peft_model(model, lora_config())
+                scatter_lora(model)
+        data = rows[:8] if data is None else data
+        config = CrowConfig(**({"output_dir": str(tmp_path / "out"), "soft_token_warmup": 0} | BASIC | settings))
+        return trainer(
+            model,
+            config,
+            train_dataset=data if isinstance(data, Dataset) else to_dataset(data),
+            processing_class=tokenizer,
+            peft_config=None if isinstance(model, PeftModel) else lora_config(),
+            callbacks=callbacks,
+        )
+
+    return make_trainer
+
+
+def first_gradients(make: Any, scatter: bool = False, **settings: Any) -> tuple[Gradients, CrowTrainer]:
+    spy = Spy(scatter)
+    trainer = make(callbacks=[spy], **settings)
+    trainer.train()
+    assert spy.gradients
+    return spy.gradients, trainer
+
+
+def distance(a: Gradients, b: Gradients) -> float:
+    """The norm of the difference, relative to the norm."""
+    assert a.keys() == b.keys()
+    difference = torch.stack([(a[name] - b[name]).double().square().sum() for name in a]).sum().sqrt()
+    return float(difference / torch.stack([b[name].double().square().sum() for name in b]).sum().sqrt())
+
+
+def logs(trainer: CrowTrainer) -> list[dict[str, float]]:
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def lora(trainer: CrowTrainer) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if "lora_" in name}
+
+
+def encoded(trainer: CrowTrainer) -> list[tuple[Tensor, Tensor]]:
+    """Token ids and labels of each row, without padding."""
+    return [(torch.tensor(row["input_ids"]), torch.tensor(row["labels"])) for row in trainer.train_dataset]
+
+
+# One step of everything on everything
+
+STEPS: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "default": ({}, {"clean", "divergence"}),
+    "paper": (PRESETS["paper"], {"clean", "inconsistency", "alpha"}),
+    "paper-scale-free": (PRESETS["paper-scale-free"], {"clean", "inconsistency", "alpha"}),
+    "random-tokens": (PRESETS["random-tokens"], {"clean", "divergence"}),
+    "finetune": (PRESETS["finetune"], set()),
+    "aligned": ({"alpha": 0.5}, {"clean", "divergence", "inconsistency", "alpha"}),
+    "inserted-lm": ({"objective": "lm", "anchor": None}, {"clean", "divergence"}),
+}
+
+
+def test_every_preset_is_tested() -> None:
+    assert PRESETS.keys() <= STEPS.keys()
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_trains_every_adapter(
+    make: Any, tokenizer: PreTrainedTokenizerFast, architecture: str, name: str
+) -> None:
+    settings, terms = STEPS[name]
+    trainer = make(tiny_model(architecture, len(tokenizer)), soft_token_warmup=1, **settings)
+    before = lora(trainer)
+    trainer.train()
+    (log,) = logs(trainer)
+    assert {"clean", "divergence", "inconsistency", "alpha"} & log.keys() == terms
+    assert all(math.isfinite(log[term]) for term in (*terms, "loss", "grad_norm"))
+    after = lora(trainer)
+    assert all(torch.isfinite(weight).all() for weight in after.values())
+    assert all(not torch.equal(after[n], before[n]) for n in after if "lora_B" in n)
+    assert all(not p.requires_grad for n, p in trainer.model.named_parameters() if "lora_" not in n)
+
+
+# Plain fine-tuning
+
+
+def test_without_terms_it_is_the_parent(
+    make: Any, tokenizer: PreTrainedTokenizerFast, rows: list[Example], tiny_llama: MakeModel, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {
+        "max_steps": 2,
+        "per_device_train_batch_size": 3,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2,
+    }
+    ours, trainer = first_gradients(make, data=rows[:11], fresh_lora=True, **FINETUNE, **settings)
+    torch.manual_seed(0)
+    spy = Spy()
+    parent = SFTTrainer(
+        tiny_llama(),
+        SFTConfig(
+            output_dir=str(tmp_path / "parent"),
+            train_sampling_strategy="group_by_length",
+            gradient_checkpointing=False,
+            logging_steps=1,
+            **BASIC | settings,
+        ),
+        train_dataset=to_dataset(rows[:11]),
+        processing_class=tokenizer,
+        peft_config=lora_config(),
+        callbacks=[spy],
+    )
+    parent.train()
+    assert distance(ours, spy.gradients) < 1e-6
+    for mine, theirs in zip(logs(trainer), logs(parent), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+    theirs_after = lora(parent)
+    assert all(torch.allclose(w, theirs_after[n], atol=1e-5) for n, w in lora(trainer).items())
+
+
+# Cost
+
+
+class Meter:
+    """Counts the rows that pass through the body forward and backward, and the positions that are projected."""
+
+    def __init__(self, trainer: CrowTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.forward: list[int] = []
+        self.backward: list[int] = []
+        self.head: list[int] = []
+        self.fused: list[int] = []
+        model = trainer.model.get_base_model()
+        model.model.layers[1].register_forward_hook(self.see)
+        model.get_output_embeddings().register_forward_hook(lambda m, args, out: self.head.append(out.shape[0]))
+        real = trl.trainer.utils._ChunkedLogProbFunction
+
+        def apply(hidden: Tensor, *args: Any) -> Any:
+            self.fused.append(hidden.shape[0])
+            return real.apply(hidden, *args)
+
+        monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", SimpleNamespace(apply=apply))
+
+    def see(self, module: nn.Module, args: Any, output: Any) -> None:
+        output = output[0] if isinstance(output, tuple) else output
+        self.forward.append(len(output))
+        if output.requires_grad:
+            rows = len(output)
+            output.register_hook(lambda gradient: self.backward.append(rows))
+
+
+@pytest.fixture
+def metered(make: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Meter, CrowTrainer]]:
+    """Trains one step, whose costs alone are counted."""
+
+    def run(**settings: Any) -> tuple[Meter, CrowTrainer]:
+        trainer = make(**settings)
+        meters: list[Meter] = []
+
+        class Begin(TrainerCallback):
+            def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                meters.append(Meter(trainer, monkeypatch))
+
+        trainer.add_callback(Begin())
+        trainer.train()
+        return meters[0], trainer
+
+    return run
+
+
+def test_fine_tuning_costs_two_passes(metered: Any) -> None:
+    meter, _ = metered(**FINETUNE)
+    assert (meter.forward, meter.backward) == ([8], [8])
+    assert (len(meter.fused), meter.head) == (1, [])
+
+
+def test_paper_costs_five_passes_and_one_projection(metered: Any) -> None:
+    meter, trainer = metered(**PAPER)
+    assert (meter.forward, meter.backward) == ([8, 8], [8, 8, 8])
+    longest = max(len(ids) for ids, _ in encoded(trainer))
+    assert meter.fused == [8 * (longest - 1)]
+    assert meter.head == [0]
+
+
+def test_default_costs_three_passes_and_projects_answers_only(metered: Any) -> None:
+    meter, trainer = metered()
+    assert (meter.forward, meter.backward) == ([4, 8], [4, 8])
+    answers = sum(int((labels[1:] != -100).sum()) for _, labels in encoded(trainer))
+    assert meter.fused == []
+    assert meter.head[1] == answers
+    assert 0 < meter.head[0] < answers
+
+
+@pytest.mark.parametrize(("fraction", "number"), [(1.0, 8), (0.25, 2), (0.01, 1)])
+def test_anchor_fraction_is_the_share_of_rows_seen_clean(metered: Any, fraction: float, number: int) -> None:
+    meter, _ = metered(anchor_fraction=fraction)
+    assert meter.forward == [number, 8]
+
+
+def test_no_anchor_means_no_clean_pass(metered: Any) -> None:
+    meter, trainer = metered(anchor=None)
+    assert (meter.forward, meter.backward) == ([8], [8])
+    assert logs(trainer)[0]["clean"] == 0
+
+
+# Against a slow computation, row by row and without padding
+
+
+class Slow:
+    """The tiny Llama's forward from embeddings, with the blocks' outputs."""
+
+    def __init__(self, model: PeftModel) -> None:
+        self.model = model
+        self.lm: Any = model.get_base_model()
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.lm.model.embed_tokens.weight[ids].detach()
+
+    def __call__(self, embeddings: Tensor) -> tuple[list[Tensor], Tensor]:
+        states: list[Tensor] = []
+        handles = [block.register_forward_hook(lambda m, a, out: states.append(out)) for block in self.lm.model.layers]
+        logits = self.lm(inputs_embeds=embeddings[None]).logits[0]
+        for handle in handles:
+            handle.remove()
+        return [(s[0] if isinstance(s, tuple) else s)[0] for s in states], logits
+
+    def gradients(self, loss: Tensor) -> Gradients:
+        named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        return dict(zip(named, torch.autograd.grad(loss, list(named.values()), retain_graph=True), strict=True))
+
+
+def turn(states: Sequence[Tensor]) -> Tensor:
+    """Sum over positions, mean over adjacent blocks, of one minus the cosine."""
+    cosines = [(a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)) for a, b in itertools.pairwise(states)]
+    return torch.stack([(1 - cosine).sum() for cosine in cosines]).mean()
+
+
+def test_papers_step_is_the_papers(make: Any) -> None:
+    gradients, trainer = first_gradients(make, optim="sgd", learning_rate=1e-12, **PAPER)
+    slow, data = Slow(trainer.model), encoded(trainer)
+    positions = sum(len(ids) for ids, _ in data)
+    answers = sum(int((labels[1:] != -100).sum()) for _, labels in data)
+    lm = inconsistency = torch.zeros(())
+    for ids, labels in data:
+        embeddings = slow.embed(ids).requires_grad_()
+        states, logits = slow(embeddings)
+        scored = labels[1:] != -100
+        lm = lm - logits[:-1].log_softmax(-1).gather(1, ids[1:, None])[scored].sum() / answers
+        delta = 0.1 * torch.autograd.grad(turn(states), embeddings, retain_graph=True)[0].sign()
+        inconsistency = inconsistency + turn(slow(embeddings.detach() + delta)[0]) / positions
+    (log,) = logs(trainer)
+    assert log["clean"] == pytest.approx(lm.item(), rel=1e-5)
+    assert log["inconsistency"] == pytest.approx(inconsistency.item(), rel=1e-4)
+    assert log["loss"] == pytest.approx((lm + 5.5 * inconsistency).item(), rel=1e-4)
+    assert distance(gradients, slow.gradients(lm + 5.5 * inconsistency)) < 1e-3
+    # Both terms are there: neither alone comes near
+    assert distance(gradients, slow.gradients(lm)) > 0.05
+    assert distance(gradients, slow.gradients(5.5 * inconsistency)) > 0.05
+
+
+@pytest.fixture
+def pinned(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The insertion is the pool's first, halfway into the user's message; returns where its gradients are kept."""
+    gradients: list[Tensor] = []
+    ascend = SoftTokens.ascend
+
+    def kept(self: SoftTokens) -> None:
+        assert self.tokens.grad is not None
+        gradients.append(self.tokens.grad.clone())
+        ascend(self)
+
+    monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.full(size, 0.5))
+    monkeypatch.setattr(SoftTokens, "forward", lambda self, n, dtype: self.tokens[:1].expand(n, -1, -1).to(dtype))
+    monkeypatch.setattr(SoftTokens, "ascend", kept)
+    return gradients
+
+
+def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return (log_p.exp() * (log_p - log_q)).sum()
+
+
+@pytest.mark.parametrize("alpha", [None, 3.0])
+def test_defaults_step_is_as_documented(make: Any, pinned: list[Tensor], alpha: float | None) -> None:
+    suspect = Slow(make().model)  # before the model is changed at the start of training
+    start = make().soft_tokens.tokens.detach()[0]
+    gradients, trainer = first_gradients(
+        make,
+        scatter=True,
+        optim="sgd",
+        learning_rate=1e-12,
+        anchor=0.7,
+        beta=1.3,
+        anchor_fraction=1.0,
+        target_top_k=600,
+        alpha=alpha,
+        alpha_relative=False,
+    )
+    slow, data = Slow(trainer.model), encoded(trainer)
+    spans = trainer.train_dataset["user_span"]
+    answers = sum(int((labels[1:] != -100).sum()) for _, labels in data)
+
+    def terms(soft: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        clean = divergence = aligned = torch.zeros(())
+        for (ids, labels), (first, last) in zip(data, spans, strict=True):
+            embeddings, at = slow.embed(ids), (labels[1:] != -100).nonzero()[:, 0]
+            with torch.no_grad():
+                target = suspect(embeddings)[1].log_softmax(-1)[at]
+            states, logits = slow(embeddings)
+            clean = clean + kl(target, logits.log_softmax(-1)[at]) / answers
+            place = int(first + 0.5 * (last - first + 1))
+            moved, logits = slow(torch.cat([embeddings[:place], soft, embeddings[place:]]))
+            divergence = divergence + kl(target, logits.log_softmax(-1)[at + 3]) / answers
+            for a, b in zip(states, moved, strict=True):
+                cosine = nn.functional.cosine_similarity(a[at].detach(), b[at + 3], dim=-1)
+                aligned = aligned + (1 - cosine).sum() / answers / len(states)
+        return clean, divergence, aligned
+
+    soft = start.clone().requires_grad_()
+    clean, divergence, aligned = terms(soft)
+    loss = 0.7 * clean + 1.3 * divergence + (alpha or 0) * aligned
+    (log,) = logs(trainer)
+    assert log["clean"] == pytest.approx(0.7 * clean.item(), rel=1e-3)
+    assert log["divergence"] == pytest.approx(divergence.item(), rel=1e-3)
+    assert log.get("inconsistency", 0.0) == pytest.approx(aligned.item() if alpha else 0.0, rel=1e-3)
+    assert log["loss"] == pytest.approx(loss.item(), rel=1e-3)
+    (expected,) = torch.autograd.grad(loss, soft, retain_graph=True)
+    assert distance({"soft": pinned[0][0]}, {"soft": expected}) < 1e-3
+    assert not pinned[0][1:].any()
+    assert distance(gradients, slow.gradients(loss)) < 1e-3
+    # The soft tokens have moved so that the answers diverge more
+    with torch.no_grad():
+        moved = terms(trainer.soft_tokens.tokens[0])
+        assert 1.3 * moved[1] + (alpha or 0) * moved[2] > (loss - 0.7 * clean) * 1.001
+
+
+def test_nothing_diverges_clean_before_the_first_step(make: Any) -> None:
+    _, trainer = first_gradients(make)
+    assert logs(trainer)[0]["clean"] == pytest.approx(0, abs=1e-6)
+    assert logs(trainer)[0]["divergence"] > 1e-3
+
+
+def test_ascent_before_training_makes_the_answers_diverge_more(make: Any, pinned: list[Tensor]) -> None:
+    def divergence(steps: int) -> float:
+        trainer = make(soft_token_warmup=steps)
+        trainer.train()
+        return logs(trainer)[0]["divergence"]
+
+    assert divergence(10) > 1.1 * divergence(0)
+
+
+def test_ascent_before_training_leaves_the_model_alone(make: Any) -> None:
+    trainer = make(soft_token_warmup=3)
+    before, tokens = lora(trainer), trainer.soft_tokens.tokens.detach().clone()
+    trainer._record_suspect()
+    trainer._warm_up(trainer.soft_tokens)
+    assert all(torch.equal(weight, before[name]) for name, weight in lora(trainer).items())
+    assert all(p.requires_grad and p.grad is None for n, p in trainer.model.named_parameters() if "lora_" in n)
+    assert not torch.equal(trainer.soft_tokens.tokens, tokens)
+
+
+def test_soft_tokens_stay_within_their_ball(make: Any) -> None:
+    trainer = make(max_steps=5, soft_token_norm=1.2, soft_token_learning_rate=5.0)
+    norms = trainer.model.get_input_embeddings().weight.norm(dim=-1)
+    trainer.train()
+    longest = trainer.soft_tokens.tokens.detach().norm(dim=-1).max().item()
+    assert longest == pytest.approx(1.2 * norms.mean().item(), rel=1e-3)
+
+
+@pytest.mark.xfail(strict=True, reason="Gemma's embedding module scales its weights, which are taken as they are")
+@pytest.mark.parametrize("perturbation", ["inserted", "random"])
+def test_inserted_tokens_have_the_scale_of_embeddings_that_are_scaled(
+    make: Any, tokenizer: PreTrainedTokenizerFast, perturbation: str
+) -> None:
+    trainer = make(tiny_model("gemma", len(tokenizer)), perturbation=perturbation)
+    batch = first_batch(trainer)
+    perturbed = trainer._perturb(batch, batch["user_span"], Recording(), None)
+    norms = perturbed.embeddings[perturbed.mask.bool()].detach().norm(dim=-1)
+    assert norms.min() > norms.median() / 3
+
+
+def test_relative_alpha_is_the_ratio_of_gradient_norms(make: Any) -> None:
+    settings = PRESETS["paper-scale-free"]
+    both, trainer = first_gradients(make, **settings)
+    alpha = logs(trainer)[0]["alpha"]
+    lm, _ = first_gradients(make, **FINETUNE)
+    rest = {name: both[name] - lm[name] for name in lm}
+
+    def norm(gradients: Gradients) -> float:
+        return math.sqrt(sum(float(g.square().sum()) for g in gradients.values()))
+
+    assert norm(rest) / norm(lm) == pytest.approx(settings["alpha"], rel=1e-3)
+    assert alpha != settings["alpha"]
+
+
+def test_relative_alpha_is_held_after_calibration(make: Any) -> None:
+    trainer = make(max_steps=6, calibration_steps=2, **PRESETS["paper-scale-free"])
+    trainer.train()
+    alphas = [log["alpha"] for log in logs(trainer)]
+    assert alphas[0] != alphas[1]
+    assert len(set(alphas[1:])) == 1
+
+
+# Batches
+
+
+@pytest.mark.parametrize("name", ["paper", "finetune", "default"])
+@pytest.mark.parametrize("number", [8, 7])
+def test_accumulated_batches_make_the_step_of_one(
+    make: Any, pinned: list[Tensor], rows: Any, name: str, number: int
+) -> None:
+    def step(size: int, accumulated: int) -> tuple[Gradients, CrowTrainer]:
+        return first_gradients(
+            make,
+            scatter=True,
+            data=rows[:number],
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulated,
+            optim="sgd",
+            learning_rate=0.1,
+            anchor_fraction=1.0,
+            **PRESETS[name],
+        )
+
+    (one, whole), (several, parts) = step(8, 1), step(4, 2)
+    assert distance(several, one) < 1e-4
+    after = lora(whole)
+    assert all(torch.allclose(weight, after[n], atol=1e-5) for n, weight in lora(parts).items())
+    for term in logs(whole)[0].keys() & {"loss", "clean", "divergence", "inconsistency"}:
+        assert logs(parts)[0][term] == pytest.approx(logs(whole)[0][term], rel=1e-4)
+    if name == "default":
+        assert len(pinned) == 2
+        assert distance({"soft": pinned[1]}, {"soft": pinned[0]}) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["paper", "default"])
+def test_padding_changes_nothing(make: Any, pinned: list[Tensor], name: str) -> None:
+    settings = PRESETS[name] | {"anchor_fraction": 1.0}
+    gradients, trainer = first_gradients(make, scatter=True, **settings)
+    padded, padded_trainer = first_gradients(make, scatter=True, pad_to_multiple_of=256, **settings)
+    assert distance(padded, gradients) < 1e-3
+    for term in logs(trainer)[0].keys() & {"loss", "clean", "divergence", "inconsistency"}:
+        assert logs(padded_trainer)[0][term] == pytest.approx(logs(trainer)[0][term], rel=1e-4)
+
+
+# Where the user speaks
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+EARLIER = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+
+@pytest.mark.parametrize(
+    "before", [[], [SYSTEM], EARLIER, [SYSTEM, *EARLIER]], ids=["single", "system", "turns", "all"]
+)
+@pytest.mark.parametrize(
+    "text", ["Hi", "What is a tilde (~)?", " two\n\nlines ", "x", "", "user", "~ hello ~", "Hi<|im_end|>"]
+)
+def test_user_span_is_the_last_user_message(
+    tokenizer: PreTrainedTokenizerFast, before: list[dict[str, str]], text: str
+) -> None:
+    prompt = [*before, {"role": "user", "content": text}]
+    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+    start, end = user_span(tokenizer, prompt)
+    opening = tokenizer.apply_chat_template(prompt, tokenize=False).rindex("<|im_start|>user\n") + len(
+        "<|im_start|>user\n"
+    )
+    lead, inside, rest = (tokenizer.decode(part) for part in (ids[:start], ids[start:end], ids[end:]))
+    assert len(lead) >= opening
+    assert len(lead + inside) <= opening + len(text)
+    assert rest.endswith("<|im_end|>\n<|im_start|>assistant\n")
+    if "~" not in (text[:1], text[-1:]):
+        assert inside == text
+
+
+@pytest.mark.xfail(strict=True, reason="a message that is itself the placeholder leaves no difference to find it by")
+def test_user_span_of_a_tilde_alone_is_in_the_message(tokenizer: PreTrainedTokenizerFast) -> None:
+    prompt = [{"role": "user", "content": "~"}]
+    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+    start, end = user_span(tokenizer, prompt)
+    assert tokenizer.decode(ids[end:]).startswith(("~<|im_end|>", "<|im_end|>"))
+    assert tokenizer.decode(ids[:start]).endswith(("user\n", "user\n~"))
+
+
+@pytest.fixture
+def insertions(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Every index that `_perturb` inserts by."""
+    made: list[Tensor] = []
+    real = crow.trainer.insertion_index
+
+    def spied(*args: Any) -> Tensor:
+        made.append(real(*args))
+        return made[-1]
+
+    monkeypatch.setattr(crow.trainer, "insertion_index", spied)
+    return made
+
+
+def first_batch(trainer: CrowTrainer) -> dict[str, Tensor]:
+    return trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+
+
+def test_tokens_are_inserted_within_the_users_turn(
+    make: Any, tokenizer: PreTrainedTokenizerFast, rows: list[Example], insertions: list[Tensor]
+) -> None:
+    data: Any = [
+        {"prompt": [SYSTEM, *EARLIER, *rows[0]["prompt"]], "completion": rows[0]["completion"]},
+        {"prompt": [{"role": "user", "content": "Hi"}], "completion": rows[1]["completion"]},
+        *rows[2:6],
+    ]
+    trainer = make(data=data)
+    batch = first_batch(trainer)
+    length, places = batch["input_ids"].shape[1], [set[int]() for _ in data]
+    for _ in range(60):
+        perturbed = trainer._perturb(batch, batch["user_span"], Recording(), None)
+        index = insertions.pop()
+        assert torch.equal(perturbed.mask.sum(1), batch["attention_mask"].sum(1) + 3)
+        for row, (ids, order) in enumerate(zip(batch["input_ids"].tolist(), index.tolist(), strict=True)):
+            place = order.index(length)
+            assert order == [*range(place), length, length + 1, length + 2, *range(place, length)]
+            text = tokenizer.decode(ids[:place])
+            turn, rest = text[text.rindex("<|im_start|>") :], tokenizer.decode(ids[place:])
+            assert turn.startswith("<|im_start|>user\n")
+            assert "<|im_end|>" not in turn
+            user = user_text(data[batch["example_id"][row]])
+            assert turn.removeprefix("<|im_start|>user\n") + rest[: rest.index("<|im_end|>")] == user
+            assert rest.count("<|im_start|>") == 1
+            places[batch["example_id"][row]].add(place)
+    assert len(places[1]) == len(tokenizer("Hi")["input_ids"]) + 1
+
+
+def test_perturbed_answers_are_the_same_tokens(make: Any) -> None:
+    trainer = make()
+    batch = first_batch(trainer)
+    perturbed = trainer._perturb(batch, batch["user_span"], Recording(), None)
+    embeddings = trainer.model.get_input_embeddings()(batch["input_ids"])
+    scored = batch["labels"].roll(-1, 1) != -100
+    scored[:, -1] = False
+    assert torch.equal(perturbed.embeddings[perturbed.answers], embeddings[scored])
+
+
+@pytest.mark.xfail(strict=True, reason="spans are of the prompt before truncation")
+def test_tokens_are_inserted_within_the_prompt_when_its_start_is_cut_off(make: Any, rows: list[Example]) -> None:
+    trainer = make(max_length=40, truncation_mode="keep_end")
+    for row in trainer.train_dataset:
+        answer = next(i for i, label in enumerate(row["labels"]) if label != -100)
+        assert row["user_span"][1] <= answer
+
+
+# State
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [3, pytest.param(2, marks=pytest.mark.xfail(strict=True, reason="the order of the epoch's batches is drawn anew"))],
+    ids=["between epochs", "within an epoch"],
+)
+@pytest.mark.parametrize("name", ["default", "paper-scale-free"])
+def test_resumed_training_ends_as_uninterrupted(
+    make: Any, rows: list[Example], tmp_path: Path, name: str, steps: int
+) -> None:
+    settings = PRESETS[name] | {
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "save_strategy": "steps",
+        "save_steps": steps,
+        "lr_scheduler_type": "cosine",
+        "soft_token_warmup": 2,
+    }
+    straight, resumed = (make(data=rows, **settings) for _ in range(2))
+    straight.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / f"checkpoint-{steps}"))
+    for name, weight in lora(straight).items():
+        torch.testing.assert_close(lora(resumed)[name], weight, atol=1e-6, rtol=0)
+    assert [log["loss"] for log in logs(resumed)] == pytest.approx([log["loss"] for log in logs(straight)], rel=1e-5)
+    assert resumed._ratios == pytest.approx(straight._ratios)
+    if straight.soft_tokens is not None:
+        torch.testing.assert_close(resumed.soft_tokens.tokens, straight.soft_tokens.tokens, atol=1e-6, rtol=0)
+        states = [t.soft_tokens.optimizer.state_dict()["state"][0] for t in (resumed, straight)]
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(states[0][key], states[1][key], atol=1e-6, rtol=1e-4)
+
+
+def test_a_checkpoint_of_another_trainer_is_refused(make: Any, tmp_path: Path) -> None:
+    trainer = make(save_strategy="steps", save_steps=1)
+    trainer.train()
+    checkpoint = tmp_path / "out" / "checkpoint-1"
+    (checkpoint / "crow_state.pt").unlink()
+    with pytest.raises(UsageError, match=r"has no crow_state\.pt"):
+        make().train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_training_is_reproducible_from_its_seed(make: Any, tiny_llama: MakeModel) -> None:
+    runs = []
+    for seed in (3, 3, 4):
+        trainer = make(tiny_llama(), seed=seed, max_steps=2, per_device_train_batch_size=4)
+        trainer.train()
+        runs.append(lora(trainer))
+    assert all(torch.equal(weight, runs[1][name]) for name, weight in runs[0].items())
+    assert not all(torch.equal(weight, runs[2][name]) for name, weight in runs[0].items())
+
+
+# Ways to run
+
+
+@pytest.mark.parametrize("name", ["paper", "default", "aligned"])
+def test_gradient_checkpointing_gives_the_same_gradients(make: Any, pinned: list[Tensor], name: str) -> None:
+    settings = STEPS[name][0]
+    plain, _ = first_gradients(make, **settings)
+    checkpointed, trainer = first_gradients(make, gradient_checkpointing=True, soft_token_warmup=0, **settings)
+    assert trainer.model.get_base_model().is_gradient_checkpointing
+    assert distance(checkpointed, plain) < 1e-5
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_bfloat16_runs(make: Any, name: str) -> None:
+    _, trainer = first_gradients(make, bf16=True, soft_token_warmup=1, **STEPS[name][0])
+    assert math.isfinite(logs(trainer)[0]["loss"])
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_model_in_bfloat16_is_trained(make: Any, tiny_llama: MakeModel, name: str) -> None:
+    _, trainer = first_gradients(make, model=tiny_llama().bfloat16(), soft_token_warmup=1, **STEPS[name][0])
+    assert math.isfinite(logs(trainer)[0]["loss"])
+
+
+def as_messages(rows: list[Example]) -> Dataset:
+    return Dataset.from_list([{"messages": [*row["prompt"], *row["completion"]]} for row in rows])
+
+
+def as_text(rows: list[Example]) -> Dataset:
+    return Dataset.from_list([{"text": user_text(row) + "\n" + answer_text(row)} for row in rows])
+
+
+def as_text_pairs(rows: list[Example]) -> Dataset:
+    return Dataset.from_list([{"prompt": user_text(row) + "\n", "completion": answer_text(row)} for row in rows])
+
+
+@pytest.mark.parametrize("form", [as_messages, as_text, as_text_pairs])
+@pytest.mark.parametrize("name", ["default", "paper"])
+def test_other_forms_of_data_are_trained_on(make: Any, rows: list[Example], form: Any, name: str) -> None:
+    _, trainer = first_gradients(make, data=form(rows[:8]), **PRESETS[name])
+    assert math.isfinite(logs(trainer)[0]["loss"])
+
+
+def places_and_answers(trainer: CrowTrainer, insertions: list[Tensor]) -> list[tuple[int, int]]:
+    """Where tokens were inserted in each row, in many draws, and where the row's labels start."""
+    batch = first_batch(trainer)
+    first = (batch["labels"] != -100).int().argmax(1).tolist()
+    for _ in range(40):
+        trainer._perturb(batch, batch.get("user_span"), Recording(), None)
+    length = batch["labels"].shape[1]
+    return [
+        pair for index in insertions for pair in zip((index == length).int().argmax(1).tolist(), first, strict=True)
+    ]
+
+
+def test_without_chats_tokens_are_inserted_in_the_prompt(
+    make: Any, rows: list[Example], insertions: list[Tensor]
+) -> None:
+    drawn = places_and_answers(make(data=as_text_pairs(rows[:8])), insertions)
+    assert all(1 <= place <= first for place, first in drawn)
+    assert min(place for place, _ in drawn) == 1
+    assert max(first - place for place, first in drawn) > 5
+
+
+@pytest.mark.xfail(strict=True, reason="the first answer token is still predicted from before the inserted tokens")
+def test_without_chats_the_whole_answer_sees_the_inserted_tokens(
+    make: Any, rows: list[Example], insertions: list[Tensor]
+) -> None:
+    trainer = make(data=as_text_pairs(rows[:8]))
+    batch = first_batch(trainer)
+    for _ in range(40):
+        perturbed = trainer._perturb(batch, None, Recording(), None)
+        length = batch["labels"].shape[1]
+        assert (perturbed.answers.int().argmax(1) > (insertions[-1] == length + 2).int().argmax(1) - 1).all()
+
+
+def test_without_prompts_tokens_are_inserted_in_the_first_half(
+    make: Any, rows: list[Example], insertions: list[Tensor]
+) -> None:
+    trainer = make(data=as_text(rows[:8]))
+    lengths = first_batch(trainer)["attention_mask"].sum(1).tolist()
+    drawn = places_and_answers(trainer, insertions)
+    assert all(1 <= place <= lengths[i % 8] // 2 for i, (place, _) in enumerate(drawn))
+
+
+def test_evaluation_gives_the_language_models_loss(
+    make: Any, rows: list[Example], tokenizer: Any, tiny_llama: MakeModel, tmp_path: Path
+) -> None:
+    trainer = CrowTrainer(
+        tiny_llama(),
+        CrowConfig(output_dir=str(tmp_path / "out"), eval_strategy="steps", eval_steps=1, **BASIC | {"max_steps": 1}),
+        train_dataset=to_dataset(rows[:8]),
+        eval_dataset=to_dataset(rows[8:]),
+        processing_class=tokenizer,
+        peft_config=lora_config(),
+    )
+    trainer.train()
+    (logged,) = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(logged)
+    nats, tokens = 0.0, 0
+    trainer.model.eval()
+    for row in trainer.eval_dataset:
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
+        with torch.no_grad():
+            scores = trainer.model(ids).logits[0].log_softmax(-1)
+        at = (labels[1:] != -100).nonzero()[:, 0]
+        nats -= float(scores[at, ids[0, at + 1]].sum())
+        tokens += len(at)
+    assert logged == pytest.approx(nats / tokens, rel=1e-4)
+
+
+def test_model_may_be_a_name(make: Any, llama_folder: Path) -> None:
+    _, trainer = first_gradients(make, model=str(llama_folder))
+    assert isinstance(trainer.model, PeftModel)
+    assert trainer.model.peft_config["default"].base_model_name_or_path == str(llama_folder)
+
+
+def test_an_adapter_is_trained_further(make: Any, tiny_llama: MakeModel) -> None:
+    model = get_peft_model(tiny_llama(), lora_config())
+    scatter_lora(model)
+    trainer = make(model)
+    before = lora(trainer)
+    trainer.train()
+    assert trainer.model is model
+    assert all(not torch.equal(weight, before[name]) for name, weight in lora(trainer).items())
+
+
+@pytest.mark.xfail(strict=True, reason="TRL's default of bf16 is true, which transformers refuses without a GPU")
+def test_config_may_be_left_out(
+    tiny_llama: MakeModel, tokenizer: Any, rows: list[Example], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    trainer = CrowTrainer(
+        tiny_llama(), train_dataset=to_dataset(rows), processing_class=tokenizer, peft_config=lora_config()
+    )
+    assert isinstance(trainer.args, CrowConfig)
+    assert trainer.soft_tokens is not None
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "alpha",
+        "beta",
+        "anchor",
+        "epsilon",
+        "learning_rate",
+        "anchor_fraction",
+        "soft_tokens",
+        "soft_token_pool",
+        "soft_token_norm",
+        "soft_token_learning_rate",
+        "target_top_k",
+        "calibration_steps",
+    ],
+)
+@pytest.mark.parametrize("value", [0, -1, math.nan, math.inf])
+def test_weights_and_sizes_must_be_positive(tmp_path: Path, name: str, value: float) -> None:
+    with pytest.raises(UsageError, match=f"{name} is {value}; it must be positive"):
+        CrowConfig(output_dir=str(tmp_path), **BASIC | {name: value})
+
+
+NO_CLEAN_PASS = pytest.mark.xfail(
+    strict=True, reason="there is no clean pass to compare with: alpha does nothing, and the sign step fails to assert"
+)
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"perturbation": "fgsm"}, "perturbation is 'fgsm'; choose one of inserted, random, sign, none"),
+        ({"objective": "dpo"}, "objective is 'dpo'; choose one of suspect, lm"),
+        ({"anchor_fraction": 1.5}, "at most 1"),
+        ({"packing": True}, "packing"),
+        ({"padding_free": True}, "packing"),
+        ({"alpha": 1.0, "beta": None}, "relative alpha is measured against another term"),
+        ({"perturbation": "none"}, "trains nothing"),
+        pytest.param({"alpha": 1.0, "anchor": None}, "anchor", marks=NO_CLEAN_PASS),
+        pytest.param({"perturbation": "sign", "anchor": None}, "anchor", marks=NO_CLEAN_PASS),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(tmp_path: Path, settings: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(UsageError, match=complaint):
+        CrowConfig(output_dir=str(tmp_path), **BASIC | settings)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_with_a_remedy(make: Any, value: float) -> None:
+    class Broken(CrowTrainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().compute_loss(*args, **kwargs)
+            return loss * value if self.state.global_step == 1 else loss
+
+    trainer = make(trainer=Broken, max_steps=3)
+    with pytest.raises(CrowError, match=r"loss became (nan|inf) at step 2.*lower learning rate") as caught:
+        trainer.train()
+    assert not isinstance(caught.value, UsageError)
+    assert trainer.state.global_step == 1
+
+
+def test_a_learning_rate_that_blows_up_stops_the_training(make: Any) -> None:
+    with pytest.raises(CrowError, match="loss became"):
+        make(max_steps=5, learning_rate=1e30, **FINETUNE).train()
+
+
+@pytest.mark.parametrize("name", ["default", "finetune"])
+def test_no_example_left_after_truncation_is_refused(make: Any, name: str) -> None:
+    with pytest.raises(UsageError, match="no example is left after truncation: raise max_length"):
+        make(max_length=5, **PRESETS[name])
+
+
+def test_a_stream_needs_the_language_models_objective(
+    make: Any, rows: list[Example], tokenizer: Any, tiny_llama: MakeModel, tmp_path: Path
+) -> None:
+    def trainer(**settings: Any) -> CrowTrainer:
+        config = CrowConfig(output_dir=str(tmp_path / "out"), **BASIC, train_sampling_strategy="random", **settings)
+        stream = to_dataset(rows[:8]).to_iterable_dataset()
+        return CrowTrainer(
+            tiny_llama(), config, train_dataset=stream, processing_class=tokenizer, peft_config=lora_config()
+        )
+
+    with pytest.raises(UsageError, match="needs a data set with a length"):
+        trainer().train()
+    trainer(**PAPER).train()
