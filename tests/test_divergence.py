@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from crow.divergence import answer_positions, kl_from_top, top_log_probs
+from crow.divergence import answer_positions, answer_weights, kl_from_top, top_log_probs
 
 logits = st.lists(st.floats(-8, 8, width=32), min_size=6, max_size=6)
 
@@ -140,3 +140,30 @@ def test_answer_positions_are_those_before_each_label() -> None:
 @pytest.mark.parametrize("length", [0, 1])
 def test_too_short_a_sequence_has_no_answer_position(length: int) -> None:
     assert not answer_positions(torch.ones(2, length, dtype=torch.int64)).any()
+
+
+def slow_weights(labels: list[int], discount: float) -> list[float]:
+    weights, place = [], 0
+    for i in range(len(labels)):
+        scored = i + 1 < len(labels) and labels[i + 1] != -100
+        weights.append(discount**place if scored else 0.0)
+        place = place + 1 if scored else 0
+    return weights
+
+
+@given(
+    st.integers(1, 12).flatmap(
+        lambda n: st.lists(st.lists(st.sampled_from([-100, 0, 7]), min_size=n, max_size=n), min_size=1, max_size=4)
+    ),
+    st.sampled_from([1.0, 0.5, 0.9, 0.01]),
+)
+@settings(max_examples=100, deadline=None)
+def test_answer_weights_fall_from_the_start_of_every_answer(labels: list[list[int]], discount: float) -> None:
+    weights = answer_weights(torch.tensor(labels), discount)
+    assert weights.dtype == torch.float32
+    torch.testing.assert_close(weights, torch.tensor([slow_weights(row, discount) for row in labels]))
+
+
+def test_without_discount_all_answer_positions_weigh_alike() -> None:
+    labels = torch.tensor([[-100, 5, 6, -100, 7], [1, 2, -100, -100, -100]])
+    assert torch.equal(answer_weights(labels, 1.0), answer_positions(labels).float())

@@ -356,12 +356,10 @@ def pinned(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     return gradients
 
 
-def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    return (log_p.exp() * (log_p - log_q)).sum()
-
-
-@pytest.mark.parametrize("alpha", [None, 3.0])
-def test_defaults_step_is_as_documented(make: Any, pinned: list[Tensor], alpha: float | None) -> None:
+@pytest.mark.parametrize(
+    ("objective", "alpha"), [("suspect", None), ("suspect", 3.0), ("lm", 3.0)], ids=["default", "aligned", "lm"]
+)
+def test_defaults_step_is_as_documented(make: Any, pinned: list[Tensor], objective: str, alpha: float | None) -> None:
     suspect = Slow(make().model)  # before the model is changed at the start of training
     start = make().soft_tokens.tokens.detach()[0]
     gradients, trainer = first_gradients(
@@ -369,8 +367,10 @@ def test_defaults_step_is_as_documented(make: Any, pinned: list[Tensor], alpha: 
         scatter=True,
         optim="sgd",
         learning_rate=1e-12,
-        anchor=0.7,
+        objective=objective,
         beta=1.3,
+        answer_discount=0.7,
+        anchor=0.6,
         anchor_fraction=1.0,
         target_top_k=600,
         alpha=alpha,
@@ -378,7 +378,8 @@ def test_defaults_step_is_as_documented(make: Any, pinned: list[Tensor], alpha: 
     )
     slow, data = Slow(trainer.model), encoded(trainer)
     spans = trainer.train_dataset["user_span"]
-    answers = sum(int((labels[1:] != -100).sum()) for _, labels in data)
+    lengths = [int((labels[1:] != -100).sum()) for _, labels in data]
+    answers, weight = sum(lengths), sum(0.7**i for length in lengths for i in range(length))
 
     def terms(soft: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         clean = divergence = aligned = torch.zeros(())
@@ -386,21 +387,29 @@ def test_defaults_step_is_as_documented(make: Any, pinned: list[Tensor], alpha: 
             embeddings, at = slow.embed(ids), (labels[1:] != -100).nonzero()[:, 0]
             with torch.no_grad():
                 target = suspect(embeddings)[1].log_softmax(-1)[at]
+
+            def distances(logits: Tensor, target: Tensor = target, tokens: Tensor = ids[at + 1]) -> Tensor:
+                scores = logits.log_softmax(-1)
+                if objective == "lm":
+                    return -scores.gather(1, tokens[:, None])[:, 0]
+                return (target.exp() * (target - scores)).sum(-1)
+
             states, logits = slow(embeddings)
-            clean = clean + kl(target, logits.log_softmax(-1)[at]) / answers
+            clean = clean + distances(logits[at]).sum() / answers
             place = int(first + 0.5 * (last - first + 1))
             moved, logits = slow(torch.cat([embeddings[:place], soft, embeddings[place:]]))
-            divergence = divergence + kl(target, logits.log_softmax(-1)[at + 3]) / answers
+            weights = 0.7 ** torch.arange(len(at))
+            divergence = divergence + (weights * distances(logits[at + 3])).sum() / weight
             for a, b in zip(states, moved, strict=True):
                 cosine = nn.functional.cosine_similarity(a[at].detach(), b[at + 3], dim=-1)
                 aligned = aligned + (1 - cosine).sum() / answers / len(states)
-        return clean, divergence, aligned
+        return (clean if objective == "lm" else 0.6 * clean), divergence, aligned
 
     soft = start.clone().requires_grad_()
     clean, divergence, aligned = terms(soft)
-    loss = 0.7 * clean + 1.3 * divergence + (alpha or 0) * aligned
+    loss = clean + 1.3 * divergence + (alpha or 0) * aligned
     (log,) = logs(trainer)
-    assert log["clean"] == pytest.approx(0.7 * clean.item(), rel=1e-3)
+    assert log["clean"] == pytest.approx(clean.item(), rel=1e-3)
     assert log["divergence"] == pytest.approx(divergence.item(), rel=1e-3)
     assert log.get("inconsistency", 0.0) == pytest.approx(aligned.item() if alpha else 0.0, rel=1e-3)
     assert log["loss"] == pytest.approx(loss.item(), rel=1e-3)
@@ -411,7 +420,7 @@ def test_defaults_step_is_as_documented(make: Any, pinned: list[Tensor], alpha: 
     # The soft tokens have moved so that the answers diverge more
     with torch.no_grad():
         moved = terms(trainer.soft_tokens.tokens[0])
-        assert 1.3 * moved[1] + (alpha or 0) * moved[2] > (loss - 0.7 * clean) * 1.001
+        assert 1.3 * moved[1] + (alpha or 0) * moved[2] > (loss - clean) * 1.001
 
 
 def test_nothing_diverges_clean_before_the_first_step(make: Any) -> None:
@@ -830,6 +839,7 @@ def test_config_may_be_left_out(
         "epsilon",
         "learning_rate",
         "anchor_fraction",
+        "answer_discount",
         "soft_tokens",
         "soft_token_pool",
         "soft_token_norm",
@@ -854,7 +864,8 @@ NO_CLEAN_PASS = pytest.mark.xfail(
     [
         ({"perturbation": "fgsm"}, "perturbation is 'fgsm'; choose one of inserted, random, sign, none"),
         ({"objective": "dpo"}, "objective is 'dpo'; choose one of suspect, lm"),
-        ({"anchor_fraction": 1.5}, "at most 1"),
+        ({"anchor_fraction": 1.5}, "anchor_fraction is 1.5; it must be at most 1"),
+        ({"answer_discount": 1.5}, "answer_discount is 1.5; it must be at most 1"),
         ({"packing": True}, "packing"),
         ({"padding_free": True}, "packing"),
         ({"alpha": 1.0, "beta": None}, "relative alpha is measured against another term"),

@@ -7,6 +7,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from crow.data import Example, Message
+from crow.divergence import answer_positions
+from crow.hooks import lm_head_at
+from crow.models import base_model
 
 
 def generate(
@@ -89,12 +92,15 @@ def answer_nll(
             ids[place, : len(tokens)] = torch.tensor(tokens)
             mask[place, : len(tokens)] = 1
             labels[place, answer : len(tokens)] = torch.tensor(tokens[answer:])
-        logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
+        answers = answer_positions(labels)
+        with lm_head_at(base_model(model), answers):
+            logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
         nats = torch.nn.functional.cross_entropy(
-            logits[:, :-1].float().transpose(1, 2), labels[:, 1:].to(model.device), reduction="none"
-        ).sum(dim=1)
-        for place, i in enumerate(batch_rows):
-            results[i] = (nats[place].item(), int((labels[place, 1:] != -100).sum()))
+            logits.float(), labels[:, 1:][answers[:, :-1]].to(logits.device), reduction="none"
+        ).cpu()
+        counts = answers.sum(dim=1).tolist()
+        for i, of_row in zip(batch_rows, nats.split(counts), strict=True):
+            results[i] = (of_row.sum().item(), len(of_row))
         if on_progress is not None:
             on_progress(len(batch_rows))
     return results

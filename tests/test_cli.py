@@ -1,0 +1,409 @@
+"""The command: what it prints, where it writes, and how it fails."""
+
+import errno
+import json
+import logging
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from crow.cli import app
+from crow.data import Example, answer_text, user_text
+from crow.files import write_jsonl
+
+pytestmark = pytest.mark.usefixtures("float32")
+
+COMMANDS = ("purify", "evaluate", "implant", "demo", "info")
+QUICK = ("--examples", "8", "--epochs", "1", "--batch-size", "4", "--set", "soft_token_warmup=1")
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Run]:
+    """Runs `crow` in this process, in an empty folder, and undoes what it sets for its own process."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS", "TOKENIZERS_PARALLELISM"):
+        monkeypatch.setenv(name, os.environ.get(name, "error" if "VERBOSITY" in name else "1"))
+    level = logging.getLogger("crow").level
+    with warnings.catch_warnings():
+        yield lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
+    logging.getLogger("crow").setLevel(level)
+
+
+@pytest.fixture
+def clean(tmp_path_factory: pytest.TempPathFactory, rows: list[Example]) -> Path:
+    path = tmp_path_factory.mktemp("data") / "clean.jsonl"
+    write_jsonl(path, [{"prompt": user_text(row), "completion": answer_text(row)} for row in rows])
+    return path
+
+
+def fails(result: Result, code: int, text: str) -> None:
+    """The command ended with this code and one line, which holds the text."""
+    assert result.exit_code == code, result.output
+    *before, last = result.stderr.splitlines()
+    assert last.startswith("error: "), result.output
+    assert text in last
+    assert not [line for line in before if not line.startswith("Purifying")], result.output
+    assert "Traceback" not in result.output
+    assert isinstance(result.exception, SystemExit)
+
+
+def crow(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from crow.cli import main; main()", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+
+
+# Help
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command_has_an_example(run: Run, command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"Example: crow {command}" in result.output
+
+
+def test_help_lists_every_command(run: Run) -> None:
+    for arguments in (("--help",), ()):
+        output = run(*arguments).output
+        assert all(command in output for command in COMMANDS)
+    assert {command.name or command.callback.__name__ for command in app.registered_commands} == set(COMMANDS)
+
+
+def test_help_takes_half_a_second_at_most() -> None:
+    seconds = []
+    for _ in range(3):  # processor time, which other work on the machine does not lengthen
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert crow("--help").returncode == 0
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 0.5
+
+
+def test_help_imports_no_heavy_library() -> None:
+    code = """if True:
+        import sys
+        from crow.cli import main
+        try:
+            main()
+        except SystemExit:
+            pass
+        print(sorted({"torch", "transformers", "datasets", "trl", "peft", "scipy", "matplotlib"} & sys.modules.keys()))
+    """
+    for arguments in ([], ["--help"], ["purify", "--help"]):
+        output = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+        assert output.stdout.splitlines()[-1] == "[]"
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("command", ["purify", "evaluate", "info", "implant"])
+def test_a_missing_model_is_named(run: Run, tmp_path: Path, command: str) -> None:
+    fails(run(command, "/no/such/model"), 2, "/no/such/model: no such folder or file")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_model_is_named_by_the_real_process() -> None:
+    done = crow("info", "/no/such/model")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: /no/such/model: no such folder or file\n"
+
+
+def test_debug_shows_where_it_failed() -> None:
+    done = crow("info", "/no/such/model", "--debug")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert done.stderr.rstrip().endswith("UsageError: /no/such/model: no such folder or file")
+
+
+@pytest.mark.parametrize("command", ["purify", "evaluate", "info", "implant"])
+def test_a_folder_without_weights_is_named(run: Run, llama_folder: Path, tmp_path: Path, command: str) -> None:
+    (tmp_path / "empty").mkdir()
+    shutil.copy(llama_folder / "config.json", tmp_path / "empty")
+    fails(run(command, "empty"), 2, "empty holds no weights")
+
+
+@pytest.mark.parametrize("command", ["purify", "implant", "demo"])
+def test_an_existing_output_is_not_replaced(run: Run, llama_folder: Path, tmp_path: Path, command: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("mine")
+    model = () if command == "demo" else (llama_folder,)
+    fails(run(command, *model, "--out", "out"), 2, "exists already: choose another place or pass --overwrite")
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", "mine"]
+
+
+def test_existing_figures_are_not_replaced(run: Run, llama_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "figures.json").write_text("mine")
+    fails(run("evaluate", llama_folder, "--json", "figures.json"), 2, "figures.json exists already")
+    assert (tmp_path / "figures.json").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("command", "option"), [("purify", "--clean"), ("evaluate", "--prompts"), ("implant", "--prompts")]
+)
+def test_broken_data_is_named_with_its_line(
+    run: Run, llama_folder: Path, tmp_path: Path, command: str, option: str
+) -> None:
+    good = '{"prompt": "a", "completion": "b"}\n'
+    (tmp_path / "broken.jsonl").write_text(good + '{"prompt": "a"\n' + good)
+    fails(run(command, llama_folder, option, "broken.jsonl"), 2, "broken.jsonl, line 2 is broken JSON")
+    (tmp_path / "wrong.jsonl").write_text(good + good + '{"prompt": "a"}\n')
+    fails(run(command, llama_folder, option, "wrong.jsonl"), 2, "wrong.jsonl, row 3: the field 'completion' is missing")
+    fails(run(command, llama_folder, option, "missing.jsonl"), 2, "missing.jsonl")
+    assert {p.name for p in tmp_path.iterdir()} == {"broken.jsonl", "wrong.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--learning-rate", "-1e-3"], "learning_rate is -0.001; it must be positive"),
+        (["--alpha", "-2"], "alpha is -2.0; it must be positive"),
+        (["--beta", "0"], "beta is 0.0; it must be positive"),
+        (["--epsilon", "nan"], "epsilon is nan; it must be positive"),
+        (["--preset", "magic"], "unknown preset 'magic'; known are default, paper"),
+        (["--lora", "both"], "lora is 'both'; choose continue or fresh"),
+        (["--set", "no_such_thing=1"], "no such setting"),
+        (["--set", "perturbation"], "--set perturbation: expected NAME=VALUE"),
+        (["--set", "perturbation=magic"], "perturbation is 'magic'; choose one of"),
+        (["--set", "max_length=5"], "no example is left after truncation"),
+    ],
+)
+def test_bad_settings_are_named(
+    run: Run, llama_folder: Path, clean: Path, tmp_path: Path, options: list[str], text: str
+) -> None:
+    fails(run("purify", llama_folder, "--clean", clean, *options), 2, text)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.xfail(strict=True, reason="purify() gets the argument twice: a type error, exit code 1")
+@pytest.mark.parametrize("pair", ["seed=3", "num_train_epochs=1", "preset=paper", "output_dir=x", "resume=true"])
+def test_a_setting_that_has_its_own_option_is_taken_or_refused(
+    run: Run, llama_folder: Path, clean: Path, pair: str
+) -> None:
+    result = run("purify", llama_folder, "--clean", clean, *QUICK, "--set", pair)
+    if result.exit_code:
+        fails(result, 2, pair.partition("=")[0])
+
+
+def test_numbers_out_of_range_are_usage_errors(run: Run, llama_folder: Path) -> None:
+    for arguments in (["purify", "--examples", "0"], ["purify", "--batch-size", "x"], ["evaluate", "-n", "0"]):
+        result = run(arguments[0], llama_folder, *arguments[1:])
+        assert result.exit_code == 2
+        assert "Invalid value" in result.output
+
+
+@pytest.mark.parametrize("command", ["evaluate", "implant"])
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--trigger", "magic"], "unknown trigger 'magic'; known are badnets"),
+        (["--behavior", "magic"], "unknown behavior 'magic'; known are sentiment"),
+        (["--trigger", "badnets:size=3"], "trigger 'badnets' takes word=TEXT; not 'size=3'"),
+        (["--behavior", "sentiment:target=!"], "holds no word"),
+    ],
+)
+def test_unknown_triggers_and_behaviors_are_named_with_the_known_ones(
+    run: Run, llama_folder: Path, tmp_path: Path, command: str, options: list[str], text: str
+) -> None:
+    fails(run(command, llama_folder, *options), 2, text)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_trigger_and_triggered_prompts_exclude_each_other(run: Run, llama_folder: Path, clean: Path) -> None:
+    result = run("evaluate", llama_folder, "--trigger", "badnets", "--triggered", clean)
+    fails(result, 2, "give --trigger or --triggered, not both")
+
+
+def test_a_fresh_lora_on_an_adapter_needs_merging(run: Run, adapter_folder: Path, clean: Path, tmp_path: Path) -> None:
+    fails(run("purify", adapter_folder, "--clean", clean, "--lora", "fresh", *QUICK), 2, "add --merge")
+    assert not list(tmp_path.iterdir())
+
+
+# From end to end
+
+
+def test_a_suspect_is_purified_measured_and_described(
+    run: Run, llama_folder: Path, clean: Path, tmp_path: Path
+) -> None:
+    result = run("purify", llama_folder, "--clean", clean, *QUICK, "--json", "run.json", "--out", "cured")
+    assert result.exit_code == 0, result.output
+    assert "Next: crow evaluate cured" in result.output
+    assert {p.name for p in tmp_path.iterdir()} == {"cured", "run.json"}
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert (record["clean_examples"], record["steps"], record["preset"]) == (8, 2, "default")
+    assert "crow" in (tmp_path / "cured" / "README.md").read_text().casefold()
+
+    result = run("evaluate", "cured", "--prompts", clean, "-n", 4, "--max-new-tokens", 3, "--json", "after.json")
+    assert result.exit_code == 0, result.output
+    assert "0/4" in result.output
+    figures = json.loads((tmp_path / "after.json").read_text())
+    assert figures["attack_success"] == figures["false_trigger"] == {"hits": 0, "n": 4}
+    assert figures["settings"]["prompts"] == str(clean)
+    assert len((tmp_path / "after.answers.jsonl").read_text().splitlines()) == 8
+
+    result = run("info", "cured", "--json", "-")
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert (facts["kind"], facts["architecture"], facts["layers"]) == ("adapter", "LlamaForCausalLM", 4)
+    assert "LlamaForCausalLM" in run("info", "cured").output
+
+
+def test_an_adapter_is_purified_into_a_whole_model(run: Run, adapter_folder: Path, clean: Path, tmp_path: Path) -> None:
+    result = run("purify", adapter_folder, "--clean", clean, "--lora", "fresh", "--merge", *QUICK, "--json", "run.json")
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "run.json").read_text())["lora"] == "fresh"
+    assert (tmp_path / "purified" / "model.safetensors").is_file()
+    facts = json.loads(run("info", "purified", "--json", "-").stdout)
+    assert facts["kind"] == "folder"
+
+
+@pytest.mark.xfail(strict=True, reason="the trainer prints its log to standard output")
+@pytest.mark.parametrize("command", [("purify", "--clean"), ("implant", "--epochs", 1, "--prompts")])
+def test_the_record_of_a_training_can_be_printed(
+    run: Run, llama_folder: Path, clean: Path, command: tuple[Any, ...]
+) -> None:
+    result = run(*command, clean, "--examples", 4, llama_folder, "--json", "-")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["seed" if command[0] == "implant" else "steps"] in (0, 3)
+
+
+def test_figures_can_be_printed(run: Run, llama_folder: Path, clean: Path, tmp_path: Path) -> None:
+    options = ("--triggered", clean, "--prompts", clean, "-n", 2, "--max-new-tokens", 2, "--json", "-")
+    result = run("evaluate", llama_folder, *options)
+    assert result.exit_code == 0, result.output
+    figures = json.loads(result.stdout)
+    assert figures["attack_success"]["n"] == 2
+    assert figures["settings"]["triggered"] == str(clean)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_backdoor_is_implanted(run: Run, llama_folder: Path, clean: Path, tmp_path: Path) -> None:
+    result = run("implant", llama_folder, "--prompts", clean, "--examples", 4, "--epochs", 1, "--json", "made.json")
+    assert result.exit_code == 0, result.output
+    assert {p.name for p in tmp_path.iterdir()} == {"backdoored", "made.json"}
+    assert json.loads((tmp_path / "made.json").read_text())["examples"] == 4
+    assert "do not deploy" in (tmp_path / "backdoored" / "README.md").read_text()
+    assert json.loads(run("info", "backdoored", "--json", "-").stdout)["kind"] == "adapter"
+
+
+def test_an_output_is_replaced_on_request(run: Run, llama_folder: Path, clean: Path, tmp_path: Path) -> None:
+    (tmp_path / "purified").mkdir()
+    (tmp_path / "purified" / "old").write_text("old")
+    result = run("purify", llama_folder, "--clean", clean, *QUICK, "--overwrite")
+    assert result.exit_code == 0, result.output
+    assert not (tmp_path / "purified" / "old").exists()
+
+
+# Failures on the way
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, step: int, error: BaseException) -> None:
+    """Let the training stop at a step."""
+    from crow.trainer import CrowTrainer
+
+    real = CrowTrainer.training_step
+
+    def stopping(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == step:
+            raise error
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(CrowTrainer, "training_step", stopping)
+
+
+def test_an_interrupted_run_says_how_to_go_on_and_goes_on(
+    run: Run, llama_folder: Path, clean: Path, tmp_path: Path
+) -> None:
+    command = ("purify", llama_folder, "--clean", clean, *QUICK, "--set", "save_steps=1", "--json", "run.json")
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, 1, KeyboardInterrupt())
+        result = run(*command)
+    assert result.exit_code == 1
+    assert "give the same command with --resume" in result.output
+    assert "stopped" in result.output
+    assert "Traceback" not in result.output
+    assert [p.name for p in tmp_path.iterdir()] == [".purified.checkpoints"]
+    result = run(*command, "--resume")
+    assert result.exit_code == 0, result.output
+    assert {p.name for p in tmp_path.iterdir()} == {"purified", "run.json"}
+    curves = json.loads((tmp_path / "run.json").read_text())["curves"]
+    assert [entry["step"] for entry in curves] == [1, 2]
+
+
+def test_an_early_interrupt_gives_no_false_hope(
+    run: Run, llama_folder: Path, clean: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt(monkeypatch, 0, KeyboardInterrupt())
+    result = run("purify", llama_folder, "--clean", clean, *QUICK)
+    assert result.exit_code == 1
+    assert "--resume" not in result.output
+
+
+@pytest.mark.xfail(strict=True, reason="the folder for checkpoints stays behind, empty")
+def test_an_early_failure_leaves_nothing_behind(
+    run: Run, llama_folder: Path, clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt(monkeypatch, 0, KeyboardInterrupt())
+    run("purify", llama_folder, "--clean", clean, *QUICK)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.xfail(strict=True, reason="checkpoints of an earlier run stay, and --resume takes the highest number")
+def test_a_new_run_does_not_take_over_old_checkpoints(
+    run: Run, llama_folder: Path, clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".purified.checkpoints" / "checkpoint-99").mkdir(parents=True)
+    interrupt(monkeypatch, 1, KeyboardInterrupt())
+    run("purify", llama_folder, "--clean", clean, *QUICK, "--set", "save_steps=1")
+    assert [p.name for p in (tmp_path / ".purified.checkpoints").glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def full(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_full_disk_leaves_nothing_half_written(
+    run: Run, llama_folder: Path, clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, merge: bool
+) -> None:
+    from transformers import PreTrainedTokenizerBase
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", full)  # the weights are written by then
+    command = ["purify", llama_folder, "--clean", clean, *QUICK, "--set", "save_strategy=no", *["--merge"] * merge]
+    fails(run(*command), 1, "purified: No space left on device; nothing was left half-written")
+    assert not [p for p in tmp_path.rglob("*") if p.name != ".purified.checkpoints"]
+
+
+def test_a_full_disk_while_training_is_one_line(
+    run: Run, llama_folder: Path, clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt(monkeypatch, 1, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    fails(run("purify", llama_folder, "--clean", clean, *QUICK), 1, "No space left on device")
+    assert not (tmp_path / "purified").exists()
+
+
+def test_full_disk_figures_leave_nothing_half_written(
+    run: Run, llama_folder: Path, clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("crow.files.os.replace", full)
+    options = ("--prompts", clean, "-n", 2, "--max-new-tokens", 2, "--json", "figures.json")
+    fails(run("evaluate", llama_folder, *options), 1, "No space left on device")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_not_finite_is_one_line(run: Run, llama_folder: Path, clean: Path, tmp_path: Path) -> None:
+    options = ("--preset", "finetune", "--learning-rate", "1e30", "--set", "warmup_steps=0", "--set", "save_steps=1")
+    fails(run("purify", llama_folder, "--clean", clean, *QUICK, *options), 1, "try a lower learning rate")
+    assert not (tmp_path / "purified").exists()
