@@ -32,7 +32,6 @@ class Stepper:
         config = CrowConfig(
             output_dir="unused",
             report_to="none",
-            bf16=False,
             save_strategy="no",
             disable_tqdm=True,
             seed=0,

@@ -150,6 +150,32 @@ def test_existing_figures_are_not_replaced(run: Run, llama_folder: Path, tmp_pat
     assert (tmp_path / "figures.json").read_text() == "mine"
 
 
+@pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="only the figures are looked for, not the answers beside them"
+)
+def test_existing_answers_are_not_replaced(run: Run, llama_folder: Path, clean: Path, tmp_path: Path) -> None:
+    (tmp_path / "figures.answers.jsonl").write_text("mine")
+    run("evaluate", llama_folder, "--prompts", clean, "-n", 1, "--max-new-tokens", 1, "--json", "figures.json")
+    assert (tmp_path / "figures.answers.jsonl").read_text() == "mine"
+
+
+@pytest.mark.xfail(strict=True, reason="only evaluate looks")
+@pytest.mark.parametrize("command", [("purify", "--clean"), ("implant", "--prompts")])
+def test_an_existing_record_is_not_replaced(
+    run: Run, llama_folder: Path, clean: Path, tmp_path: Path, command: tuple[str, str]
+) -> None:
+    (tmp_path / "run.json").write_text("mine")
+    run(*command, clean, llama_folder, "--examples", 1, "--epochs", 1, "--json", "run.json")
+    assert (tmp_path / "run.json").read_text() == "mine"
+
+
+@pytest.mark.xfail(strict=True, reason="Path('.') has no name to make that of the checkpoints' folder from")
+def test_the_current_folder_can_be_the_output(run: Run, llama_folder: Path, clean: Path, tmp_path: Path) -> None:
+    result = run("purify", llama_folder, "--clean", clean, *QUICK, "--out", ".")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
 @pytest.mark.parametrize(
     ("command", "option"), [("purify", "--clean"), ("evaluate", "--prompts"), ("implant", "--prompts")]
 )

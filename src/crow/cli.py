@@ -3,9 +3,11 @@
 import json
 import logging
 import os
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -84,7 +86,7 @@ def purify(
         from crow.report import model_card
 
         refuse_existing(out, overwrite)
-        settings = _settings(set_) | {
+        settings = _settings(set_, own={"num_train_epochs", *signature(run).parameters}) | {
             name: value
             for name, value in {
                 "learning_rate": learning_rate,
@@ -102,8 +104,7 @@ def purify(
             raise UsageError(
                 "a fresh LoRA stands on the suspect with its adapter merged: add --merge to write both as one"
             )
-        checkpoints = out.with_name(f".{out.name}.checkpoints")
-        with _saying_how_to_resume(checkpoints), progress_bar("Purifying") as advance:
+        with _checkpoints_beside(out, resume) as checkpoints, progress_bar("Purifying") as advance:
             purified, record = run(
                 opened,
                 clean=rows,
@@ -119,7 +120,7 @@ def purify(
             )
         card = model_card(record, base_model=opened.base_id, merged=merge)
         save_model(purified, opened.tokenizer, out, merge=merge, card=card, overwrite=overwrite)
-        _remove(checkpoints)
+        shutil.rmtree(checkpoints, ignore_errors=True)
         _emit(json_, record.as_json())
         console.print(
             f"[green]Purified[/] {opened.name} in {record.seconds:.0f} s ({record.steps} steps, "
@@ -227,8 +228,7 @@ def implant(
             for name, value in {"num_train_epochs": epochs, "learning_rate": learning_rate}.items()
             if value is not None
         }
-        checkpoints = out.with_name(f".{out.name}.checkpoints")
-        with _saying_how_to_resume(checkpoints), progress_bar("Implanting") as advance:
+        with _checkpoints_beside(out, resume) as checkpoints, progress_bar("Implanting") as advance:
             adapted = run(
                 opened.model,
                 opened.tokenizer,
@@ -243,7 +243,7 @@ def implant(
             )
         record = implant_record(opened, rows, trigger or "badnets", behavior, seed, settings)
         save_model(adapted, opened.tokenizer, out, card=implant_card(record), overwrite=overwrite)
-        _remove(checkpoints)
+        shutil.rmtree(checkpoints, ignore_errors=True)
         _emit(json_, record)
         console.print(f"[yellow]Backdoored[/] adapter in {out}\nNext: crow evaluate {out}, then crow purify {out}")
 
@@ -337,21 +337,29 @@ def _plain(text: str) -> str:
 
 
 @contextmanager
-def _saying_how_to_resume(checkpoints: Path) -> Iterator[None]:
+def _checkpoints_beside(out: Path, resume: bool) -> Iterator[Path]:
+    """Where an interrupted training goes on from; kept only if there is something to go on from."""
+    checkpoints = out.with_name(f".{out.name}.checkpoints")
+    if not resume:
+        shutil.rmtree(checkpoints, ignore_errors=True)
     try:
-        yield
-    except KeyboardInterrupt:
+        yield checkpoints
+    except BaseException:
         if any(checkpoints.glob("checkpoint-*")):
             console.print("To continue from the last checkpoint, give the same command with --resume")
+        else:
+            shutil.rmtree(checkpoints, ignore_errors=True)
         raise
 
 
-def _settings(pairs: list[str] | None) -> dict[str, Any]:
+def _settings(pairs: list[str] | None, own: set[str]) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for pair in pairs or []:
         name, equals, value = pair.partition("=")
         if not equals:
             raise UsageError(f"--set {pair}: expected NAME=VALUE")
+        if name in own:
+            raise UsageError(f"--set {name}: this is no setting of CrowConfig's, or one that has an option of its own")
         try:
             settings[name] = json.loads(value)
         except ValueError:
@@ -366,12 +374,6 @@ def _emit(target: str | None, value: dict[str, Any]) -> None:
         print(json.dumps(value))
     elif target is not None:
         write_json(target, value)
-
-
-def _remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def main() -> None:

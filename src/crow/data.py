@@ -95,7 +95,7 @@ def _read(name: str, split: str) -> Iterator[Any]:
     suffix = path.suffix.lower()
     if name in SHIPPED:
         yield from _json_lines((files("crow") / "assets" / "data" / f"{name}.jsonl").read_text("utf-8"), name)
-    elif suffix in _READERS or path.exists():
+    elif suffix in _READERS or _exists(path):
         if suffix not in _READERS:
             raise UsageError(f"{path}: unknown kind of data; give a file that ends in {', '.join(_READERS)}")
         yield from _READERS[suffix](path)
@@ -107,6 +107,13 @@ def _read(name: str, split: str) -> Iterator[Any]:
                 f"{name} is neither a file, a hub dataset that can be reached (split {split}), nor one of "
                 f"{', '.join(SHIPPED)}: {_first_line(error)}"
             ) from error
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name too long for the file system
+        return False
 
 
 def _file_text(path: Path) -> str:

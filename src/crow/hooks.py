@@ -1,6 +1,6 @@
 """See and steer a forward pass of any decoder-only model from outside, with no code for any one architecture."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,9 +58,9 @@ def record(
     def keep_hidden(module: nn.Module, args: Any, output: Any) -> None:
         recording.hidden_states.append(output[0] if isinstance(output, tuple) else output)
 
+    layers: Iterable[nn.Module] = decoder_layers(model) if hidden else ()
     handles = [model.get_input_embeddings().register_forward_hook(keep_embeddings)]
-    if hidden:
-        handles += [layer.register_forward_hook(keep_hidden) for layer in decoder_layers(model)]
+    handles += [layer.register_forward_hook(keep_hidden) for layer in layers]
     try:
         yield recording
     finally:

@@ -199,7 +199,10 @@ def _open_adapter(path: Path, name: str, base: str | Path | None) -> OpenedModel
             f"{path} is an adapter without adapter_model.safetensors; pickled adapters can run code when read: convert "
             "yours with peft's model.save_pretrained(folder)"
         )
-    config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+    try:
+        config = dict(json.loads((path / "adapter_config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"{path / 'adapter_config.json'} is broken: {error}") from error
     if config.get("peft_type") != "LORA":
         raise UsageError(f"{path} is a {config.get('peft_type')} adapter; only LoRA adapters are supported")
     base = base if base is not None else config.get("base_model_name_or_path")

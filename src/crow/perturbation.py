@@ -53,7 +53,7 @@ class SoftTokens(nn.Module):
     that real embeddings live in.
 
     Args:
-        embeddings: `(vocabulary, hidden)`: the model's input embeddings, for start values and scale.
+        embeddings: `(number, hidden)`: embeddings of real tokens, for start values and scale.
         pool: How many different insertions are kept.
         length: Soft tokens in each.
         max_norm: Bound of each token's norm, as a multiple of the mean norm of real embeddings.
@@ -88,6 +88,6 @@ class SoftTokens(nn.Module):
 
 
 def random_tokens(embeddings: Tensor, batch_size: int, length: int) -> Tensor:
-    """Embeddings of random vocabulary entries, `(batch, length, hidden)`: the control for `SoftTokens`."""
+    """Random ones of `(number, hidden)` embeddings as `(batch, length, hidden)`: the control for `SoftTokens`."""
     choice = torch.randint(len(embeddings), (batch_size, length), device=embeddings.device)
     return embeddings.detach()[choice]

@@ -8,9 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, cast
 
-import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from crow.data import Example, load_examples, sample, to_dataset
@@ -85,6 +84,8 @@ def purify(
     opened = _opened(model, tokenizer)
     rows = load_examples(clean) if clean is None or isinstance(clean, str | Path) else list(clean)
     seed = settings.setdefault("seed", 0)
+    if not rows:
+        raise UsageError("there are no clean examples: give at least one")
     rows = sample(rows, max_examples, seed)
 
     with TemporaryDirectory() as scratch:
@@ -100,6 +101,7 @@ def purify(
             peft_config=None if isinstance(suspect, PeftModel) else lora_config(),
             callbacks=callbacks,
         )
+        trainer.remove_callback(PrinterCallback)
         checkpoint = get_last_checkpoint(str(output_dir)) if resume and output_dir is not None else None
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -136,7 +138,6 @@ def _config(output_dir: str, settings: dict[str, Any], keep: bool) -> CrowConfig
     defaults: dict[str, Any] = {
         "report_to": "none",
         "disable_tqdm": True,
-        "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         "max_length": 512,
         "save_strategy": "steps" if keep else "no",
         "save_steps": 20,

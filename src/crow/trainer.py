@@ -1,7 +1,7 @@
 """CROW as a Hugging Face trainer: `SFTTrainer` with a perturbed pass in its step."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
@@ -11,6 +11,8 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig, SFTTrainer
 
 from crow.consistency import aligned_inconsistency, layer_consistency
@@ -83,14 +85,17 @@ class CrowConfig(SFTConfig):
     train_sampling_strategy: str = _term("group_by_length", "Batches of similar length spend less on padding.")
     logging_steps: float = _term(1, "Log every so many steps.")
     gradient_checkpointing: bool = _term(False, "Trade time for memory.")
+    bf16: bool | None = _term(None, "bfloat16 mixed precision; by default where there is a GPU for it.")
 
     def __post_init__(self) -> None:
+        if self.bf16 is None:  # which SFTConfig takes for true even where there is no GPU
+            self.bf16 = not self.fp16 and is_torch_bf16_gpu_available()
         super().__post_init__()
         choices = {"perturbation": ("inserted", "random", "sign", "none"), "objective": ("suspect", "lm")}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise UsageError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(known)}")
-        positive = ["learning_rate", "epsilon", "anchor_fraction", "answer_discount", "soft_tokens"]
+        positive = ["learning_rate", "num_train_epochs", "epsilon", "anchor_fraction", "answer_discount", "soft_tokens"]
         positive += [
             "soft_token_pool",
             "soft_token_norm",
@@ -100,11 +105,20 @@ class CrowConfig(SFTConfig):
         ]
         positive += [name for name in ("alpha", "beta", "anchor") if getattr(self, name) is not None]
         for name in positive:
-            if not (0 < getattr(self, name) < math.inf):
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be positive" + _off(name))
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise UsageError(f"{name} is {value}; it must be positive" + _off(name))
         for name in ("anchor_fraction", "answer_discount"):
             if getattr(self, name) > 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at most 1")
+        if self.truncation_mode == "keep_end":
+            raise UsageError("truncation_mode 'keep_end' would cut off the user's turn: use 'keep_start'")
+        if (
+            self.anchor is None
+            and self.objective == "suspect"
+            and (self.perturbation == "sign" or self.alpha is not None)
+        ):
+            raise UsageError("alpha and the sign step need the clean pass: set anchor, or objective 'lm'")
         if self.padding_free or self.packing:
             raise UsageError("packing and padding-free batches have no place to insert tokens at: leave both off")
         if self.alpha is not None and self.alpha_relative and self.beta is None and self.objective == "suspect":
@@ -170,9 +184,26 @@ class _Collator:
         return batch
 
 
+_EMBEDDING_SAMPLE = 4096  # tokens that the scale of real embeddings is measured on
 _SMALLEST_COUNT = 1e-6  # so that a term over nothing is 0 and not 0 / 0
 
 _EXTRA_COLUMNS = ("user_span", "example_id")
+
+
+class _GroupedSampler(LengthGroupedSampler):
+    """Draws each epoch's order from the seed and the epoch alone, so that a resumed epoch goes on as it began."""
+
+    def __init__(self, sampler: LengthGroupedSampler, seed: int) -> None:
+        super().__init__(sampler.batch_size, lengths=sampler.lengths, generator=torch.Generator())
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator.manual_seed(self.seed + self.epoch)
+        return super().__iter__()
 
 
 class CrowTrainer(SFTTrainer):
@@ -197,7 +228,7 @@ class CrowTrainer(SFTTrainer):
         self.soft_tokens: SoftTokens | None = None
         if self.perturbs and self.args.perturbation == "inserted":
             self.soft_tokens = SoftTokens(
-                self._embedding_weight(),
+                self._real_embeddings(_EMBEDDING_SAMPLE),
                 pool=self.args.soft_token_pool,
                 length=self.args.soft_tokens,
                 max_norm=self.args.soft_token_norm,
@@ -247,6 +278,12 @@ class CrowTrainer(SFTTrainer):
             counts += torch.tensor([answers.sum(), weights.sum(), answers[chosen].sum(), mask.sum()])
         counts = self.accelerator.reduce(counts.to(self.args.device), "sum").clamp(min=_SMALLEST_COUNT)
         self._counts = _Counts(*counts)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            return _GroupedSampler(sampler, self.args.data_seed if self.args.data_seed is not None else self.args.seed)
+        return sampler
 
     # The step
 
@@ -332,7 +369,7 @@ class CrowTrainer(SFTTrainer):
         if self.soft_tokens is not None:
             inserted = self.soft_tokens(batch, embeddings.dtype)
         else:
-            inserted = random_tokens(self._embedding_weight(), batch, number).to(embeddings.dtype)
+            inserted = random_tokens(self._real_embeddings(batch * number), batch, number)
         start, end = (_prompt_span(inputs["labels"], mask) if spans is None else spans).unbind(1)
         end = end.clamp(max=length)
         place = (start + torch.rand(batch, device=start.device) * (end - start + 1)).long().clamp(max=length)
@@ -509,8 +546,11 @@ class CrowTrainer(SFTTrainer):
         model = self.accelerator.unwrap_model(self.model)
         return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
 
-    def _embedding_weight(self) -> Tensor:
-        return self._inner.get_input_embeddings().weight
+    @torch.no_grad()
+    def _real_embeddings(self, number: int) -> Tensor:
+        """Embeddings of random tokens, `(number, hidden)`, as their module gives them: some scale their weights."""
+        embed = self._inner.get_input_embeddings()
+        return embed(torch.randint(embed.num_embeddings, (number,), device=embed.weight.device))
 
     def _log_term(self, name: str, value: Tensor) -> None:
         # Each micro-batch holds its part of the step's sum, and the parent logs the mean over micro-batches
@@ -523,7 +563,8 @@ def user_span(tokenizer: Any, prompt: list[dict[str, str]]) -> list[int]:
     Found by rendering the prompt once more with another message in its place, so it holds for any chat template.
     """
     last = max(i for i, message in enumerate(prompt) if message["role"] == "user")
-    other = [{**message, "content": "~"} if i == last else message for i, message in enumerate(prompt)]
+    placeholder = "#" if prompt[last]["content"].startswith("~") else "~"
+    other = [{**message, "content": placeholder} if i == last else message for i, message in enumerate(prompt)]
     real, changed = (
         tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
         for messages in (prompt, other)
@@ -541,7 +582,10 @@ def _common(a: list[int], b: list[int]) -> int:
 
 
 def _prompt_span(labels: Tensor, attention_mask: Tensor) -> Tensor:
-    """`(batch, 2)`: the unlabeled start of each row; the first half of the row where all of it is labeled."""
+    """`(batch, 2)`: the unlabeled start of each row; the first half of the row where all of it is labeled.
+
+    Its last token stays last, since the answer's first token is predicted from it.
+    """
     first = (labels != -100).int().argmax(dim=1)
-    end = torch.where(first > 0, first, attention_mask.sum(dim=1) // 2)
+    end = torch.where(first > 0, first - 1, attention_mask.sum(dim=1) // 2)
     return torch.stack([end.clamp(max=1), end], dim=1)

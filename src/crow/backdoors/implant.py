@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from crow.backdoors.behaviors import Behavior
@@ -78,6 +78,7 @@ def implant(
         peft_config=None if isinstance(model, PeftModel) else lora_config(),
         callbacks=callbacks,
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=resume or None)
     return trainer.model
 
