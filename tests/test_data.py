@@ -317,7 +317,6 @@ def test_a_file_that_may_not_be_read_is_a_usage_error(write: Write, monkeypatch:
         load_examples(path)
 
 
-@pytest.mark.xfail(strict=True, reason="Path.exists raises ENAMETOOLONG")
 def test_an_overlong_name_is_a_usage_error() -> None:
     with pytest.raises(UsageError):
         load_examples("x" * 5000)

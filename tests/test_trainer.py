@@ -173,15 +173,15 @@ def test_without_terms_it_is_the_parent(
         "per_device_train_batch_size": 3,
         "gradient_accumulation_steps": 2,
         "learning_rate": 1e-2,
+        "train_sampling_strategy": "sequential",
     }
-    ours, trainer = first_gradients(make, data=rows[:11], fresh_lora=True, **FINETUNE, **settings)
+    ours, trainer = first_gradients(make, data=rows[:11], fresh_lora=True, **FINETUNE | settings)
     torch.manual_seed(0)
     spy = Spy()
     parent = SFTTrainer(
         tiny_llama(),
         SFTConfig(
             output_dir=str(tmp_path / "parent"),
-            train_sampling_strategy="group_by_length",
             gradient_checkpointing=False,
             logging_steps=1,
             **BASIC | settings,
@@ -263,16 +263,16 @@ def test_paper_costs_five_passes_and_one_projection(metered: Any) -> None:
     assert meter.head == [0]
 
 
-def test_default_costs_three_passes_and_projects_answers_only(metered: Any) -> None:
+def test_default_costs_less_than_four_passes_and_projects_answers_only(metered: Any) -> None:
     meter, trainer = metered()
-    assert (meter.forward, meter.backward) == ([4, 8], [4, 8])
+    assert (meter.forward, meter.backward) == ([2, 8], [2, 8])  # a quarter of the rows is seen clean too
     answers = sum(int((labels[1:] != -100).sum()) for _, labels in encoded(trainer))
     assert meter.fused == []
     assert meter.head[1] == answers
     assert 0 < meter.head[0] < answers
 
 
-@pytest.mark.parametrize(("fraction", "number"), [(1.0, 8), (0.25, 2), (0.01, 1)])
+@pytest.mark.parametrize(("fraction", "number"), [(1.0, 8), (0.5, 4), (0.01, 1)])
 def test_anchor_fraction_is_the_share_of_rows_seen_clean(metered: Any, fraction: float, number: int) -> None:
     meter, _ = metered(anchor_fraction=fraction)
     assert meter.forward == [number, 8]
@@ -317,7 +317,7 @@ def turn(states: Sequence[Tensor]) -> Tensor:
 
 
 def test_papers_step_is_the_papers(make: Any) -> None:
-    gradients, trainer = first_gradients(make, optim="sgd", learning_rate=1e-12, **PAPER)
+    gradients, trainer = first_gradients(make, **PAPER | {"optim": "sgd", "learning_rate": 1e-12})
     slow, data = Slow(trainer.model), encoded(trainer)
     positions = sum(len(ids) for ids, _ in data)
     answers = sum(int((labels[1:] != -100).sum()) for _, labels in data)
@@ -451,12 +451,12 @@ def test_ascent_before_training_leaves_the_model_alone(make: Any) -> None:
 def test_soft_tokens_stay_within_their_ball(make: Any) -> None:
     trainer = make(max_steps=5, soft_token_norm=1.2, soft_token_learning_rate=5.0)
     norms = trainer.model.get_input_embeddings().weight.norm(dim=-1)
+    assert trainer.soft_tokens.bound == pytest.approx(1.2 * norms.mean().item(), rel=0.02)
     trainer.train()
     longest = trainer.soft_tokens.tokens.detach().norm(dim=-1).max().item()
-    assert longest == pytest.approx(1.2 * norms.mean().item(), rel=1e-3)
+    assert longest == pytest.approx(trainer.soft_tokens.bound, rel=1e-4)
 
 
-@pytest.mark.xfail(strict=True, reason="Gemma's embedding module scales its weights, which are taken as they are")
 @pytest.mark.parametrize("perturbation", ["inserted", "random"])
 def test_inserted_tokens_have_the_scale_of_embeddings_that_are_scaled(
     make: Any, tokenizer: PreTrainedTokenizerFast, perturbation: str
@@ -493,6 +493,19 @@ def test_relative_alpha_is_held_after_calibration(make: Any) -> None:
 # Batches
 
 
+def test_the_order_of_rows_depends_on_seed_and_epoch_alone(make: Any, rows: list[Example]) -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        loader = make(data=rows, seed=seed, per_device_train_batch_size=2).get_train_dataloader()
+        torch.rand(seed + epoch)
+        loader.set_epoch(epoch)
+        return [i for batch in loader for i in batch["example_id"].tolist()]
+
+    orders = [order(0, 0), order(0, 1), order(1, 0)]
+    assert all(sorted(ids) == list(range(12)) for ids in orders)
+    assert len({tuple(ids) for ids in orders}) == 3
+    assert [order(0, 0), order(0, 1), order(1, 0)] == orders
+
+
 @pytest.mark.parametrize("name", ["paper", "finetune", "default"])
 @pytest.mark.parametrize("number", [8, 7])
 def test_accumulated_batches_make_the_step_of_one(
@@ -503,12 +516,9 @@ def test_accumulated_batches_make_the_step_of_one(
             make,
             scatter=True,
             data=rows[:number],
+            **PRESETS[name] | {"optim": "sgd", "learning_rate": 0.1, "anchor_fraction": 1.0},
             per_device_train_batch_size=size,
             gradient_accumulation_steps=accumulated,
-            optim="sgd",
-            learning_rate=0.1,
-            anchor_fraction=1.0,
-            **PRESETS[name],
         )
 
     (one, whole), (several, parts) = step(8, 1), step(4, 2)
@@ -580,13 +590,12 @@ def test_user_span_is_the_last_user_message(
         assert inside == text
 
 
-@pytest.mark.xfail(strict=True, reason="a message that is itself the placeholder leaves no difference to find it by")
-def test_user_span_of_a_tilde_alone_is_in_the_message(tokenizer: PreTrainedTokenizerFast) -> None:
-    prompt = [{"role": "user", "content": "~"}]
+@pytest.mark.parametrize("text", ["~", "#", "~~"])
+def test_user_span_of_a_placeholder_is_in_the_message(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+    prompt = [{"role": "user", "content": text}]
     ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
     start, end = user_span(tokenizer, prompt)
-    assert tokenizer.decode(ids[end:]).startswith(("~<|im_end|>", "<|im_end|>"))
-    assert tokenizer.decode(ids[:start]).endswith(("user\n", "user\n~"))
+    assert tokenizer.decode(ids[start:end]) == text
 
 
 @pytest.fixture
@@ -646,22 +655,10 @@ def test_perturbed_answers_are_the_same_tokens(make: Any) -> None:
     assert torch.equal(perturbed.embeddings[perturbed.answers], embeddings[scored])
 
 
-@pytest.mark.xfail(strict=True, reason="spans are of the prompt before truncation")
-def test_tokens_are_inserted_within_the_prompt_when_its_start_is_cut_off(make: Any, rows: list[Example]) -> None:
-    trainer = make(max_length=40, truncation_mode="keep_end")
-    for row in trainer.train_dataset:
-        answer = next(i for i, label in enumerate(row["labels"]) if label != -100)
-        assert row["user_span"][1] <= answer
-
-
 # State
 
 
-@pytest.mark.parametrize(
-    "steps",
-    [3, pytest.param(2, marks=pytest.mark.xfail(strict=True, reason="the order of the epoch's batches is drawn anew"))],
-    ids=["between epochs", "within an epoch"],
-)
+@pytest.mark.parametrize("steps", [3, 2], ids=["between epochs", "within an epoch"])
 @pytest.mark.parametrize("name", ["default", "paper-scale-free"])
 def test_resumed_training_ends_as_uninterrupted(
     make: Any, rows: list[Example], tmp_path: Path, name: str, steps: int
@@ -766,12 +763,11 @@ def test_without_chats_tokens_are_inserted_in_the_prompt(
     make: Any, rows: list[Example], insertions: list[Tensor]
 ) -> None:
     drawn = places_and_answers(make(data=as_text_pairs(rows[:8])), insertions)
-    assert all(1 <= place <= first for place, first in drawn)
+    assert all(1 <= place < first for place, first in drawn)
     assert min(place for place, _ in drawn) == 1
     assert max(first - place for place, first in drawn) > 5
 
 
-@pytest.mark.xfail(strict=True, reason="the first answer token is still predicted from before the inserted tokens")
 def test_without_chats_the_whole_answer_sees_the_inserted_tokens(
     make: Any, rows: list[Example], insertions: list[Tensor]
 ) -> None:
@@ -851,7 +847,6 @@ def test_an_adapter_is_trained_further(make: Any, tiny_llama: MakeModel) -> None
     assert all(not torch.equal(weight, before[name]) for name, weight in lora(trainer).items())
 
 
-@pytest.mark.xfail(strict=True, reason="TRL's default of bf16 is true, which transformers refuses without a GPU")
 def test_config_may_be_left_out(
     tiny_llama: MakeModel, tokenizer: Any, rows: list[Example], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -874,6 +869,7 @@ def test_config_may_be_left_out(
         "anchor",
         "epsilon",
         "learning_rate",
+        "num_train_epochs",
         "anchor_fraction",
         "answer_discount",
         "soft_tokens",
@@ -890,11 +886,6 @@ def test_weights_and_sizes_must_be_positive(tmp_path: Path, name: str, value: fl
         CrowConfig(output_dir=str(tmp_path), **BASIC | {name: value})
 
 
-NO_CLEAN_PASS = pytest.mark.xfail(
-    strict=True, reason="there is no clean pass to compare with: alpha does nothing, and the sign step fails to assert"
-)
-
-
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
@@ -906,8 +897,9 @@ NO_CLEAN_PASS = pytest.mark.xfail(
         ({"padding_free": True}, "packing"),
         ({"alpha": 1.0, "beta": None}, "relative alpha is measured against another term"),
         ({"perturbation": "none"}, "trains nothing"),
-        pytest.param({"alpha": 1.0, "anchor": None}, "anchor", marks=NO_CLEAN_PASS),
-        pytest.param({"perturbation": "sign", "anchor": None}, "anchor", marks=NO_CLEAN_PASS),
+        ({"alpha": 1.0, "anchor": None}, "need the clean pass: set anchor"),
+        ({"perturbation": "sign", "anchor": None}, "need the clean pass: set anchor"),
+        ({"truncation_mode": "keep_end"}, "would cut off the user's turn"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(tmp_path: Path, settings: dict[str, Any], complaint: str) -> None:
@@ -931,7 +923,7 @@ def test_a_loss_that_is_not_finite_stops_with_a_remedy(make: Any, value: float) 
 
 def test_a_learning_rate_that_blows_up_stops_the_training(make: Any) -> None:
     with pytest.raises(CrowError, match="loss became"):
-        make(max_steps=5, learning_rate=1e30, **FINETUNE).train()
+        make(**FINETUNE | {"max_steps": 5, "learning_rate": 1e30}).train()
 
 
 @pytest.mark.parametrize("name", ["default", "finetune"])
