@@ -73,14 +73,14 @@ class CrowConfig(SFTConfig):
     epsilon: float = _term(0.22, "Size of the sign step.")
     epsilon_relative: bool = _term(True, "Take epsilon as a multiple of the RMS of the batch's embeddings.")
     soft_tokens: int = _term(3, "Number of tokens that one insertion adds.")
-    soft_token_pool: int = _term(16, "Number of different insertions that are trained.")
+    soft_token_pool: int = _term(8, "Number of different insertions that are trained.")
     soft_token_norm: float = _term(1.0, "Bound of a soft token's norm, as a multiple of real embeddings' mean norm.")
     soft_token_learning_rate: float = _term(0.05, "Adam's rate of the ascent, as a fraction of the embeddings' RMS.")
     soft_token_warmup: int = _term(20, "Ascent-only batches before training.")
     target_top_k: int = _term(64, "How many log-probabilities of the suspect's distribution are kept per token.")
 
     # Defaults that differ from SFTConfig's
-    learning_rate: float = _term(2e-3, "Initial learning rate of AdamW, for LoRA.")
+    learning_rate: float = _term(3e-3, "Initial learning rate of AdamW, for LoRA.")
     lr_scheduler_type: str = _term("cosine", "Learning-rate schedule.")
     warmup_steps: float = _term(0.1, "Steps, or share of them if below 1, of linear warm-up.")
     per_device_train_batch_size: int = _term(8, "Batch size per device.")
@@ -149,7 +149,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "epsilon_relative": False,
     },
     "paper-scale-free": _SUPERVISED | {"learning_rate": 1e-3, "perturbation": "sign", "beta": None, "alpha": 2.0},
-    "finetune": _SUPERVISED | {"perturbation": "none", "beta": None},
+    "finetune": _SUPERVISED | {"learning_rate": 2e-3, "perturbation": "none", "beta": None},
     "random-tokens": {"perturbation": "random"},
 }
 
