@@ -151,16 +151,12 @@ def test_existing_figures_are_not_replaced(run: Run, llama_folder: Path, tmp_pat
     assert (tmp_path / "figures.json").read_text() == "mine"
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="only the figures are looked for, not the answers beside them"
-)
 def test_existing_answers_are_not_replaced(run: Run, llama_folder: Path, clean: Path, tmp_path: Path) -> None:
     (tmp_path / "figures.answers.jsonl").write_text("mine")
     run("evaluate", llama_folder, "--prompts", clean, "-n", 1, "--max-new-tokens", 1, "--json", "figures.json")
     assert (tmp_path / "figures.answers.jsonl").read_text() == "mine"
 
 
-@pytest.mark.xfail(strict=True, reason="only evaluate looks")
 @pytest.mark.parametrize("command", [("purify", "--clean"), ("implant", "--prompts")])
 def test_an_existing_record_is_not_replaced(
     run: Run, llama_folder: Path, clean: Path, tmp_path: Path, command: tuple[str, str]
@@ -170,7 +166,6 @@ def test_an_existing_record_is_not_replaced(
     assert (tmp_path / "run.json").read_text() == "mine"
 
 
-@pytest.mark.xfail(strict=True, reason="Path('.') has no name to make that of the checkpoints' folder from")
 def test_the_current_folder_can_be_the_output(run: Run, llama_folder: Path, clean: Path, tmp_path: Path) -> None:
     result = run("purify", llama_folder, "--clean", clean, *QUICK, "--out", ".")
     assert result.exit_code == 0, result.output
@@ -214,7 +209,6 @@ def test_bad_settings_are_named(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.xfail(strict=True, reason="purify() gets the argument twice: a type error, exit code 1")
 @pytest.mark.parametrize("pair", ["seed=3", "num_train_epochs=1", "preset=paper", "output_dir=x", "resume=true"])
 def test_a_setting_that_has_its_own_option_is_taken_or_refused(
     run: Run, llama_folder: Path, clean: Path, pair: str
@@ -377,7 +371,6 @@ def test_an_early_interrupt_gives_no_false_hope(
     assert "--resume" not in result.output
 
 
-@pytest.mark.xfail(strict=True, reason="the folder for checkpoints stays behind, empty")
 def test_an_early_failure_leaves_nothing_behind(
     run: Run, llama_folder: Path, clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -386,7 +379,6 @@ def test_an_early_failure_leaves_nothing_behind(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.xfail(strict=True, reason="checkpoints of an earlier run stay, and --resume takes the highest number")
 def test_a_new_run_does_not_take_over_old_checkpoints(
     run: Run, llama_folder: Path, clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

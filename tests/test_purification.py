@@ -143,7 +143,6 @@ def test_an_open_model_needs_its_tokenizer(tiny_llama: MakeModel, rows: list[Exa
         purify(tiny_llama(), clean=rows)
 
 
-@pytest.mark.xfail(strict=True, reason="PEFT loads adapters frozen by default, and nothing thaws them")
 def test_an_open_adapter_that_is_frozen_is_trained(
     tiny_llama: MakeModel, tokenizer: PreTrainedTokenizerFast, adapter_folder: Path, rows: list[Example]
 ) -> None:

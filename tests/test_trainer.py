@@ -542,15 +542,11 @@ def test_padding_changes_nothing(make: Any, pinned: list[Tensor], name: str) -> 
         assert logs(padded_trainer)[0][term] == pytest.approx(logs(trainer)[0][term], rel=1e-4)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=RuntimeError, reason="a micro-batch without a clean row gives a loss without gradient"
-)
 def test_a_micro_batch_without_a_clean_row_is_no_obstacle(make: Any) -> None:
     settings: dict[str, Any] = {"beta": None, "alpha": 1.0, "alpha_relative": False, "anchor_fraction": 0.125}
     make(per_device_train_batch_size=2, gradient_accumulation_steps=4, **settings).train()
 
 
-@pytest.mark.xfail(strict=True, reason="a column of that name is taken for the trainer's own")
 def test_a_data_sets_own_example_ids_are_left_alone(make: Any, rows: list[Example]) -> None:
     data = to_dataset(rows[:8])
     data = data.add_column("example_id", list(range(8))[::-1])

@@ -85,7 +85,8 @@ def purify(
         from crow.purification import purify as run
         from crow.report import model_card
 
-        refuse_existing(out, overwrite)
+        for path in (out, *([] if json_ in (None, "-") else [Path(str(json_))])):
+            refuse_existing(path, overwrite)
         settings = _settings(set_, own={"num_train_epochs", *signature(run).parameters}) | {
             name: value
             for name, value in {
@@ -150,14 +151,15 @@ def evaluate(
     with _running(debug):
         from crow.backdoors import BEHAVIORS, TRIGGERS
         from crow.data import load_examples, sample
+        from crow.evaluation.evaluate import answers_path, trigger_rows
         from crow.evaluation.evaluate import evaluate as run
-        from crow.evaluation.evaluate import trigger_rows
         from crow.files import refuse_existing
         from crow.models import open_model
         from crow.progress import progress_bar
 
         if json_ not in (None, "-"):
-            refuse_existing(Path(str(json_)), overwrite)
+            for path in (Path(str(json_)), answers_path(Path(str(json_)))):
+                refuse_existing(path, overwrite)
         if triggered is not None and trigger is not None:
             raise UsageError("give --trigger or --triggered, not both")
         judge = BEHAVIORS[behavior]
@@ -218,7 +220,8 @@ def implant(
         from crow.models import open_model, save_model
         from crow.progress import TrainingProgress, progress_bar
 
-        refuse_existing(out, overwrite)
+        for path in (out, *([] if json_ in (None, "-") else [Path(str(json_))])):
+            refuse_existing(path, overwrite)
         hot, target = TRIGGERS[trigger or "badnets"], BEHAVIORS[behavior]
         rows = load_examples(prompts if prompts is not None else "implant")[:examples]
         with console.status("Opening the model"):
@@ -339,16 +342,16 @@ def _plain(text: str) -> str:
 @contextmanager
 def _checkpoints_beside(out: Path, resume: bool) -> Iterator[Path]:
     """Where an interrupted training goes on from; kept only if there is something to go on from."""
-    checkpoints = out.with_name(f".{out.name}.checkpoints")
+    checkpoints = out.resolve().with_name(f".{out.resolve().name}.checkpoints")
     if not resume:
         shutil.rmtree(checkpoints, ignore_errors=True)
     try:
         yield checkpoints
-    except BaseException:
-        if any(checkpoints.glob("checkpoint-*")):
-            console.print("To continue from the last checkpoint, give the same command with --resume")
-        else:
+    except BaseException as error:
+        if not any(checkpoints.glob("checkpoint-*")):
             shutil.rmtree(checkpoints, ignore_errors=True)
+        elif isinstance(error, KeyboardInterrupt):
+            console.print("To continue from the last checkpoint, give the same command with --resume")
         raise
 
 

@@ -93,6 +93,9 @@ def purify(
         suspect = opened.model
         if isinstance(suspect, PeftModel) and lora == "fresh":
             suspect = cast(PreTrainedModel, cast(Any, suspect).merge_and_unload())
+        if isinstance(suspect, PeftModel) and not any(p.requires_grad for p in suspect.parameters()):
+            for name, parameter in suspect.named_parameters():
+                parameter.requires_grad_("lora_" in name)  # PEFT opens adapters frozen
         trainer = CrowTrainer(
             suspect,
             config,

@@ -247,6 +247,8 @@ class CrowTrainer(SFTTrainer):
         first = next(iter(dataset))
         if "user_span" not in first and isinstance(first.get("prompt"), list):
             dataset = dataset.map(lambda row: {"user_span": user_span(processing_class, row["prompt"])})
+        if isinstance(dataset, Dataset) and "example_id" in dataset.column_names and "labels" not in first:
+            dataset = dataset.remove_columns("example_id")  # the data set's own
         dataset = super()._prepare_dataset(dataset, processing_class, *args, **kwargs)
         if isinstance(dataset, Dataset) and "example_id" not in dataset.column_names:
             dataset = dataset.add_column("example_id", list(range(len(dataset))))
@@ -314,7 +316,7 @@ class CrowTrainer(SFTTrainer):
 
         perturbed = self._perturb(inputs, extra["user_span"], recording, gradient)
         logits, passed = self._perturbed_pass(model, perturbed, score=self.args.beta is not None)
-        loss = clean.new_zeros(())
+        loss = logits[:0].sum()  # zero, and part of the graph even where no row has a term
         if self.args.beta is not None:
             divergence = self._divergence(logits, inputs["labels"], targets)
             self._log_term("divergence", divergence)

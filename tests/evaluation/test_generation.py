@@ -61,7 +61,6 @@ def test_answers_end_at_the_end_token(opened: OpenedModel, rows: list[Example]) 
     assert generate(opened.model, opened.tokenizer, prompts, max_new_tokens=8) == [""] * 4
 
 
-@pytest.mark.xfail(strict=True, reason="the model's own generation config is applied on top")
 @pytest.mark.parametrize("setting", [{"repetition_penalty": 1.5}, {"num_beams": 3}, {"no_repeat_ngram_size": 1}])
 def test_answers_are_greedy_whatever_the_model_prefers(
     opened: OpenedModel, rows: list[Example], setting: dict[str, Any]

@@ -45,10 +45,15 @@ class Evaluation:
     def save(self, path: str | Path) -> Path:
         """Write the figures to `path` and the answers, one a line, beside it; returns the answers' path."""
         path = Path(path)
-        answers = path.with_suffix(".answers.jsonl")
+        answers = answers_path(path)
         write_jsonl(answers, self.answers)
         write_json(path, self.as_json())
         return answers
+
+
+def answers_path(path: Path) -> Path:
+    """Where the answers go whose figures are in `path`."""
+    return path.with_suffix(".answers.jsonl")
 
 
 def trigger_rows(rows: Sequence[Example], trigger: Trigger, seed: int) -> list[Example]:

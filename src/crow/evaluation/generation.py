@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from crow.data import Example, Message
 from crow.divergence import answer_positions
@@ -29,6 +29,16 @@ def generate(
         tokens_per_batch: Bound of rows times (longest prompt + `max_new_tokens`).
         on_progress: Called with the number of prompts that each batch finished.
     """
+    # What the model's own config prefers (beams, penalties, sampling) would make answers of two models incomparable
+    greedy = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=base_model(model).generation_config.eos_token_id or tokenizer.eos_token_id,
+    )
     encoded = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     answers = [""] * len(prompts)
     model.eval()
@@ -36,9 +46,7 @@ def generate(
         batch = tokenizer.pad({"input_ids": [encoded[i] for i in rows]}, padding_side="left", return_tensors="pt")
         batch = batch.to(model.device)
         with torch.inference_mode():
-            output = model.generate(
-                **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
-            )
+            output = model.generate(**batch, generation_config=greedy)
         texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         for i, text in zip(rows, texts, strict=True):
             answers[i] = text.strip()
