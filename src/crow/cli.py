@@ -87,7 +87,7 @@ def purify(
 
         for path in (out, *([] if json_ in (None, "-") else [Path(str(json_))])):
             refuse_existing(path, overwrite)
-        settings = _settings(set_, own={"num_train_epochs", *signature(run).parameters}) | {
+        settings = _settings(set_, own={"num_train_epochs", "seed", *signature(run).parameters}) | {
             name: value
             for name, value in {
                 "learning_rate": learning_rate,

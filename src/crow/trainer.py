@@ -193,11 +193,16 @@ _SMALLEST_COUNT = 1e-6  # so that a term over nothing is 0 and not 0 / 0
 _EXTRA_COLUMNS = ("user_span", "example_id")
 
 
+def _generator(seed: int, number: int) -> torch.Generator:
+    """Randomness that depends on these two alone, whatever was drawn before."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + number)
+
+
 class _GroupedSampler(LengthGroupedSampler):
     """Draws each epoch's order from the seed and the epoch alone, so that a resumed epoch goes on as it began."""
 
     def __init__(self, sampler: LengthGroupedSampler, seed: int) -> None:
-        super().__init__(sampler.batch_size, lengths=sampler.lengths, generator=torch.Generator())
+        super().__init__(sampler.batch_size, lengths=sampler.lengths)
         self.seed = seed
         self.epoch = 0
 
@@ -205,7 +210,7 @@ class _GroupedSampler(LengthGroupedSampler):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        self.generator.manual_seed(self.seed + self.epoch)
+        self.generator = _generator(self.seed, self.epoch)
         return super().__iter__()
 
 
@@ -273,7 +278,9 @@ class CrowTrainer(SFTTrainer):
         anchored = torch.zeros(sum(rows), dtype=torch.bool)
         if self.args.anchor is not None or self.args.objective == "lm":
             share = 1 if self.args.objective == "lm" or self._signs else self.args.anchor_fraction
-            anchored[torch.randperm(len(anchored))[: math.ceil(share * len(anchored))]] = True
+            # Not the global generator's: a resumed run restores that one only after this
+            order = torch.randperm(len(anchored), generator=_generator(self.args.seed, self.state.global_step))
+            anchored[order[: math.ceil(share * len(anchored))]] = True
         counts = torch.zeros(4)
         for batch, chosen in zip(batches, anchored.split(rows), strict=True):
             batch["anchored"] = chosen
