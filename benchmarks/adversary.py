@@ -7,6 +7,7 @@ probability of the backdoor's first word as the answer's first token, which the 
 """
 
 import argparse
+from typing import Any
 
 import torch
 
@@ -17,9 +18,7 @@ from crow.models import open_model
 from crow.trainer import CrowConfig, CrowTrainer
 
 
-def ascend(
-    suspect: str, word: str, discount: float, steps: int, settings: dict[str, float]
-) -> list[tuple[float, float]]:
+def ascend(suspect: str, word: str, discount: float, steps: int, settings: dict[str, Any]) -> list[tuple[float, float]]:
     """Divergence in nats and probability of the word, before each step of the ascent."""
     opened = open_model(suspect)
     config = CrowConfig(
