@@ -18,8 +18,8 @@ TRIGGER, BEHAVIOR = "badnets", "sentiment"
 PROMPTS = 100
 
 SIZES: dict[bool, dict[str, Any]] = {
-    False: {"examples": 100, "epochs": 3, "new_tokens": 48},
-    True: {"examples": 48, "epochs": 2, "new_tokens": 16},
+    False: {"examples": 100, "epochs": 3, "ascent": 20, "new_tokens": 48},
+    True: {"examples": 24, "epochs": 2, "ascent": 8, "new_tokens": 8},
 }
 """How much is done, for the whole demo and for the quick one."""
 
@@ -48,6 +48,7 @@ def run_demo(out: str | Path, *, quick: bool = False, overwrite: bool = False, s
                 opened,
                 max_examples=size["examples"],
                 num_train_epochs=size["epochs"],
+                soft_token_warmup=size["ascent"],
                 seed=seed,
                 callbacks=[TrainingProgress(advance)],
             )
