@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 FORMS = ("finetune", "paper", "default")
-BATCHES, ROUNDS, MEMORY_STEPS = 2, 5, 3
+BATCHES, ROUNDS, MEMORY_STEPS = 2, 2, 2
 
 
 class Stepper:

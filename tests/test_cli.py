@@ -318,6 +318,12 @@ def test_a_backdoor_is_implanted(run: Run, llama_folder: Path, clean: Path, tmp_
     assert json.loads(run("info", "backdoored", "--json", "-").stdout)["kind"] == "adapter"
 
 
+@pytest.mark.parametrize("command", [("purify", "--clean"), ("implant", "--prompts")])
+def test_resuming_from_nothing_starts_anew(run: Run, llama_folder: Path, clean: Path, command: tuple[str, str]) -> None:
+    result = run(*command, clean, llama_folder, "--examples", 4, "--epochs", 1, "--resume")
+    assert result.exit_code == 0, result.output
+
+
 def test_an_output_is_replaced_on_request(run: Run, llama_folder: Path, clean: Path, tmp_path: Path) -> None:
     (tmp_path / "purified").mkdir()
     (tmp_path / "purified" / "old").write_text("old")
