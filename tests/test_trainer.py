@@ -423,6 +423,30 @@ def test_defaults_step_is_as_documented(make: Any, pinned: list[Tensor], objecti
         assert 1.3 * moved[1] + (alpha or 0) * moved[2] > (loss - clean) * 1.001
 
 
+def test_clean_divergence_is_the_mean_over_the_rows_seen_clean(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[int] = []
+    share_out = CrowTrainer._share_out
+
+    def spied(self: CrowTrainer, batches: list[dict[str, Tensor]]) -> None:
+        share_out(self, batches)
+        chosen.extend(i for batch in batches for i in batch["example_id"][batch["anchored"]].tolist())
+
+    monkeypatch.setattr(CrowTrainer, "_share_out", spied)
+    suspect = Slow(make().model)
+    settings: dict[str, Any] = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    settings |= {"optim": "sgd", "learning_rate": 1e-12, "anchor_fraction": 0.5, "anchor": 0.6, "target_top_k": 600}
+    _, trainer = first_gradients(make, scatter=True, **settings)
+    assert len(set(chosen)) == len(chosen) == 4
+    slow, nats, answers = Slow(trainer.model), 0.0, 0
+    for ids, labels in (encoded(trainer)[i] for i in chosen):
+        at = (labels[1:] != -100).nonzero()[:, 0]
+        with torch.no_grad():
+            p, q = (model(slow.embed(ids))[1].log_softmax(-1)[at] for model in (suspect, slow))
+        nats += float((p.exp() * (p - q)).sum())
+        answers += len(at)
+    assert logs(trainer)[0]["clean"] == pytest.approx(0.6 * nats / answers, rel=1e-3)
+
+
 def test_nothing_diverges_clean_before_the_first_step(make: Any) -> None:
     _, trainer = first_gradients(make)
     assert logs(trainer)[0]["clean"] == pytest.approx(0, abs=1e-6)
@@ -516,7 +540,7 @@ def test_accumulated_batches_make_the_step_of_one(
             make,
             scatter=True,
             data=rows[:number],
-            **PRESETS[name] | {"optim": "sgd", "learning_rate": 0.1, "anchor_fraction": 1.0},
+            **PRESETS[name] | {"optim": "sgd", "learning_rate": 0.1, "anchor_fraction": 0.5},
             per_device_train_batch_size=size,
             gradient_accumulation_steps=accumulated,
         )
