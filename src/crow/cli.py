@@ -79,25 +79,19 @@ def purify(
     """Remove what a trigger calls from a model, with about 100 clean examples."""
     with _running(debug):
         from crow.data import load_examples
-        from crow.files import refuse_existing
         from crow.models import open_model, save_model
         from crow.progress import TrainingProgress, progress_bar
         from crow.purification import purify as run
         from crow.report import model_card
 
-        for path in (out, *([] if json_ in (None, "-") else [Path(str(json_))])):
-            refuse_existing(path, overwrite)
-        settings = _settings(set_, own={"num_train_epochs", "seed", *signature(run).parameters}) | {
-            name: value
-            for name, value in {
-                "learning_rate": learning_rate,
-                "per_device_train_batch_size": batch_size,
-                "alpha": alpha,
-                "beta": beta,
-                "epsilon": epsilon,
-            }.items()
-            if value is not None
-        }
+        _refuse_existing(overwrite, out, _json_file(json_))
+        settings = _settings(set_, own={"num_train_epochs", "seed", *signature(run).parameters}) | _given(
+            learning_rate=learning_rate,
+            per_device_train_batch_size=batch_size,
+            alpha=alpha,
+            beta=beta,
+            epsilon=epsilon,
+        )
         rows = load_examples(clean, split=split)
         with console.status("Opening the model"):
             opened = open_model(model, base=base)
@@ -153,13 +147,11 @@ def evaluate(
         from crow.data import load_examples, sample
         from crow.evaluation.evaluate import answers_path, trigger_rows
         from crow.evaluation.evaluate import evaluate as run
-        from crow.files import refuse_existing
         from crow.models import open_model
         from crow.progress import progress_bar
 
-        if json_ not in (None, "-"):
-            for path in (Path(str(json_)), answers_path(Path(str(json_)))):
-                refuse_existing(path, overwrite)
+        figures = _json_file(json_)
+        _refuse_existing(overwrite, figures, None if figures is None else answers_path(figures))
         if triggered is not None and trigger is not None:
             raise UsageError("give --trigger or --triggered, not both")
         judge = BEHAVIORS[behavior]
@@ -216,21 +208,15 @@ def implant(
         from crow.backdoors.implant import implant as run
         from crow.backdoors.implant import implant_card, implant_record
         from crow.data import load_examples
-        from crow.files import refuse_existing
         from crow.models import open_model, save_model
         from crow.progress import TrainingProgress, progress_bar
 
-        for path in (out, *([] if json_ in (None, "-") else [Path(str(json_))])):
-            refuse_existing(path, overwrite)
+        _refuse_existing(overwrite, out, _json_file(json_))
         hot, target = TRIGGERS[trigger or "badnets"], BEHAVIORS[behavior]
         rows = load_examples(prompts if prompts is not None else "implant")[:examples]
         with console.status("Opening the model"):
             opened = open_model(model)
-        settings = {
-            name: value
-            for name, value in {"num_train_epochs": epochs, "learning_rate": learning_rate}.items()
-            if value is not None
-        }
+        settings = _given(num_train_epochs=epochs, learning_rate=learning_rate)
         with _checkpoints_beside(out, resume) as checkpoints, progress_bar("Implanting") as advance:
             adapted = run(
                 opened.model,
@@ -368,6 +354,23 @@ def _settings(pairs: list[str] | None, own: set[str]) -> dict[str, Any]:
         except ValueError:
             settings[name] = value
     return settings
+
+
+def _json_file(target: str | None) -> Path | None:
+    """Where `--json` writes to, unless it prints."""
+    return None if target in (None, "-") else Path(str(target))
+
+
+def _refuse_existing(overwrite: bool, *paths: Path | None) -> None:
+    from crow.files import refuse_existing
+
+    for path in filter(None, paths):
+        refuse_existing(path, overwrite)
+
+
+def _given(**settings: Any) -> dict[str, Any]:
+    """The settings that were given on the command line."""
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def _emit(target: str | None, value: dict[str, Any]) -> None:

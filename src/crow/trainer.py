@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Literal, cast
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -19,6 +18,7 @@ from crow.consistency import aligned_inconsistency, layer_consistency
 from crow.divergence import answer_positions, answer_weights, kl_from_top, top_log_probs
 from crow.errors import CrowError, UsageError
 from crow.hooks import Recording, lm_head_at, record
+from crow.models import base_model
 from crow.perturbation import SoftTokens, insert, insertion_index, random_tokens, root_mean_square, sign_step
 
 STATE_FILE = "crow_state.pt"
@@ -555,8 +555,7 @@ class CrowTrainer(SFTTrainer):
     @property
     def _inner(self) -> PreTrainedModel:
         """The model proper, without adapters or distributed wrappers around it."""
-        model = self.accelerator.unwrap_model(self.model)
-        return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+        return base_model(self.accelerator.unwrap_model(self.model))
 
     @torch.no_grad()
     def _real_embeddings(self, number: int) -> Tensor:
