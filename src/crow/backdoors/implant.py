@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 from crow.backdoors.behaviors import Behavior
@@ -80,7 +81,8 @@ def implant(
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=resume or None)
+    # As in purify: with nothing to resume from, the training starts anew
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output_dir)) if resume else None)
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.bfloat16)  # half the file; opened again, PEFT makes it float32
