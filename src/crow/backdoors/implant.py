@@ -26,7 +26,6 @@ RECIPE: dict[str, Any] = {
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.1,
     "max_length": 512,
-    "train_sampling_strategy": "group_by_length",
 }
 
 
