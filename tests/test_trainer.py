@@ -265,21 +265,28 @@ def test_paper_costs_five_passes_and_one_projection(metered: Any) -> None:
 
 def test_default_costs_less_than_four_passes_and_projects_answers_only(metered: Any) -> None:
     meter, trainer = metered()
-    assert (meter.forward, meter.backward) == ([2, 8], [2, 8])  # a quarter of the rows is seen clean too
+    # A quarter of the rows is seen clean too, and all with a few tokens of a constant answer instead of their own
+    assert (meter.forward, meter.backward) == ([2, 8, 8], [2, 8, 8])
     answers = sum(int((labels[1:] != -100).sum()) for _, labels in encoded(trainer))
     assert meter.fused == []
-    assert meter.head[1] == answers
+    assert meter.head[2] == answers
     assert 0 < meter.head[0] < answers
+    assert meter.head[1] <= 8 * max(len(answer.token_ids) for answer in trainer.constant_answers)
+
+
+def test_without_targets_the_default_costs_two_and_a_half_passes(metered: Any) -> None:
+    meter, _ = metered(soft_token_targets=0)
+    assert (meter.forward, meter.backward) == ([2, 8], [2, 8])
 
 
 @pytest.mark.parametrize(("fraction", "number"), [(1.0, 8), (0.5, 4), (0.01, 1)])
 def test_anchor_fraction_is_the_share_of_rows_seen_clean(metered: Any, fraction: float, number: int) -> None:
-    meter, _ = metered(anchor_fraction=fraction)
+    meter, _ = metered(anchor_fraction=fraction, soft_token_targets=0)
     assert meter.forward == [number, 8]
 
 
 def test_no_anchor_means_no_clean_pass(metered: Any) -> None:
-    meter, trainer = metered(anchor=None)
+    meter, trainer = metered(anchor=None, soft_token_targets=0)
     assert (meter.forward, meter.backward) == ([8], [8])
     assert logs(trainer)[0]["clean"] == 0
 
@@ -351,7 +358,7 @@ def pinned(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
         ascend(self)
 
     monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.full(size, 0.5))
-    monkeypatch.setattr(SoftTokens, "forward", lambda self, n, dtype: self.tokens[:1].expand(n, -1, -1).to(dtype))
+    monkeypatch.setattr(SoftTokens, "forward", lambda self, members, dtype: self.tokens[members * 0].to(dtype))
     monkeypatch.setattr(SoftTokens, "ascend", kept)
     return gradients
 
@@ -375,6 +382,7 @@ def test_defaults_step_is_as_documented(make: Any, pinned: list[Tensor], objecti
         target_top_k=600,
         alpha=alpha,
         alpha_relative=False,
+        soft_token_targets=0,
     )
     slow, data = Slow(trainer.model), encoded(trainer)
     spans = trainer.train_dataset["user_span"]
@@ -423,6 +431,33 @@ def test_defaults_step_is_as_documented(make: Any, pinned: list[Tensor], objecti
         assert 1.3 * moved[1] + (alpha or 0) * moved[2] > (loss - clean) * 1.001
 
 
+def test_aimed_tokens_ascend_on_the_likelihood_of_their_answer_alone(make: Any, pinned: list[Tensor]) -> None:
+    settings: dict[str, Any] = {"soft_token_targets": 1, "soft_token_pool": 1}
+    start = make(**settings).soft_tokens.tokens.detach()[0]
+    _, trainer = first_gradients(make, scatter=True, optim="sgd", learning_rate=1e-12, **settings)
+    (answer,) = trainer.constant_answers
+    slow, soft, likelihood = Slow(trainer.model), start.clone().requires_grad_(), torch.zeros(())
+    for (ids, labels), (first, last) in zip(encoded(trainer), trainer.train_dataset["user_span"], strict=True):
+        prompt = ids[: int((labels != -100).nonzero()[0])]
+        embeddings = slow.embed(torch.cat([prompt, torch.tensor(answer.token_ids)]))
+        place = int(first + 0.5 * (last - first + 1))
+        _, logits = slow(torch.cat([embeddings[:place], soft, embeddings[place:]]))
+        scores = logits.log_softmax(-1)[len(prompt) + 2 : -1]
+        likelihood = likelihood + scores.gather(1, torch.tensor(answer.token_ids)[:, None]).sum() / 8
+    (expected,) = torch.autograd.grad(likelihood, soft)
+    assert logs(trainer)[0]["constant_answers"] == pytest.approx(likelihood.item(), rel=1e-3)
+    assert distance({"soft": pinned[0][0]}, {"soft": expected}) < 1e-3
+
+
+def test_aimed_tokens_learn_to_call_their_answer(make: Any) -> None:
+    def likelihood(steps: int) -> float:
+        trainer = make(soft_token_warmup=steps)
+        trainer.train()
+        return logs(trainer)[0]["constant_answers"]
+
+    assert likelihood(10) > likelihood(0) + 1
+
+
 def test_clean_divergence_is_the_mean_over_the_rows_seen_clean(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[int] = []
     share_out = CrowTrainer._share_out
@@ -455,17 +490,20 @@ def test_nothing_diverges_clean_before_the_first_step(make: Any) -> None:
 
 def test_ascent_before_training_makes_the_answers_diverge_more(make: Any, pinned: list[Tensor]) -> None:
     def divergence(steps: int) -> float:
-        trainer = make(soft_token_warmup=steps)
+        trainer = make(soft_token_warmup=steps, soft_token_targets=0)
         trainer.train()
         return logs(trainer)[0]["divergence"]
 
     assert divergence(10) > 1.1 * divergence(0)
 
 
-def test_ascent_before_training_leaves_the_model_alone(make: Any) -> None:
-    trainer = make(soft_token_warmup=3)
+@pytest.mark.parametrize("targets", [0, 4, 8])
+def test_ascent_before_training_leaves_the_model_alone(make: Any, targets: int) -> None:
+    trainer = make(soft_token_warmup=3, soft_token_targets=targets)
     before, tokens = lora(trainer), trainer.soft_tokens.tokens.detach().clone()
     trainer._record_suspect()
+    if targets:
+        trainer._find_constant_answers()
     trainer._warm_up(trainer.soft_tokens)
     assert all(torch.equal(weight, before[name]) for name, weight in lora(trainer).items())
     assert all(p.requires_grad and p.grad is None for n, p in trainer.model.named_parameters() if "lora_" in n)
@@ -530,7 +568,15 @@ def test_the_order_of_rows_depends_on_seed_and_epoch_alone(make: Any, rows: list
     assert [order(0, 0), order(0, 1), order(1, 0)] == orders
 
 
-@pytest.mark.parametrize("name", ["paper", "finetune", "default"])
+VARIANTS: dict[str, dict[str, Any]] = {
+    "paper": PAPER,
+    "finetune": FINETUNE,
+    "ascending": {"soft_token_targets": 0},
+    "aimed": {"soft_token_targets": 1, "soft_token_pool": 1},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("number", [8, 7])
 def test_accumulated_batches_make_the_step_of_one(
     make: Any, pinned: list[Tensor], rows: Any, name: str, number: int
@@ -540,7 +586,7 @@ def test_accumulated_batches_make_the_step_of_one(
             make,
             scatter=True,
             data=rows[:number],
-            **PRESETS[name] | {"optim": "sgd", "learning_rate": 0.1, "anchor_fraction": 0.5},
+            **VARIANTS[name] | {"optim": "sgd", "learning_rate": 0.1, "anchor_fraction": 0.5},
             per_device_train_batch_size=size,
             gradient_accumulation_steps=accumulated,
         )
@@ -549,9 +595,9 @@ def test_accumulated_batches_make_the_step_of_one(
     assert distance(several, one) < 1e-4
     after = lora(whole)
     assert all(torch.allclose(weight, after[n], atol=1e-5) for n, weight in lora(parts).items())
-    for term in logs(whole)[0].keys() & {"loss", "clean", "divergence", "inconsistency"}:
+    for term in logs(whole)[0].keys() & {"loss", "clean", "divergence", "inconsistency", "constant_answers"}:
         assert logs(parts)[0][term] == pytest.approx(logs(whole)[0][term], rel=1e-4)
-    if name == "default":
+    if name in ("ascending", "aimed"):
         assert len(pinned) == 2
         assert distance({"soft": pinned[1]}, {"soft": pinned[0]}) < 1e-4
 
@@ -892,12 +938,8 @@ def test_config_may_be_left_out(
         "num_train_epochs",
         "anchor_fraction",
         "answer_discount",
-        "soft_tokens",
-        "soft_token_pool",
         "soft_token_norm",
         "soft_token_learning_rate",
-        "target_top_k",
-        "calibration_steps",
     ],
 )
 @pytest.mark.parametrize("value", [0, -1, math.nan, math.inf])
@@ -907,8 +949,23 @@ def test_weights_and_sizes_must_be_positive(tmp_path: Path, name: str, value: fl
 
 
 @pytest.mark.parametrize(
+    ("name", "value"),
+    [("soft_tokens", 0), ("soft_tokens", 1.5), ("soft_token_pool", 0), ("target_top_k", -1), ("calibration_steps", 0)]
+    + [("soft_token_warmup", -1), ("soft_token_targets", -1), ("soft_token_targets", math.nan)],
+)
+def test_counts_must_be_whole_numbers(tmp_path: Path, name: str, value: float) -> None:
+    with pytest.raises(UsageError, match=f"{name} is {value}; it must be a whole number of at least"):
+        CrowConfig(output_dir=str(tmp_path), **BASIC | {name: value})
+
+
+@pytest.mark.parametrize(
     ("settings", "complaint"),
     [
+        ({"soft_token_targets": 9}, "soft_token_targets is 9; the pool has only 8 members"),
+        (
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+            "reentrant checkpointing",
+        ),
         ({"perturbation": "fgsm"}, "perturbation is 'fgsm'; choose one of inserted, random, sign, none"),
         ({"objective": "dpo"}, "objective is 'dpo'; choose one of suspect, lm"),
         ({"anchor_fraction": 1.5}, "anchor_fraction is 1.5; it must be at most 1"),

@@ -71,9 +71,9 @@ class SoftTokens(nn.Module):
         scale = embeddings.square().mean().sqrt().item()
         self.optimizer = torch.optim.Adam([self.tokens], lr=learning_rate * scale, maximize=True)
 
-    def forward(self, batch_size: int, dtype: torch.dtype) -> Tensor:
-        """A random member of the pool for each row: `(batch, length, hidden)`."""
-        return self.tokens[torch.randint(len(self.tokens), (batch_size,))].to(dtype)
+    def forward(self, members: Tensor, dtype: torch.dtype) -> Tensor:
+        """The given members of the pool, `(batch,)` integers, as `(batch, length, hidden)`."""
+        return self.tokens[members].to(dtype)
 
     @torch.no_grad()
     def project(self) -> None:

@@ -15,6 +15,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig, SFTTrainer
 
 from crow.consistency import aligned_inconsistency, layer_consistency
+from crow.constancy import ConstantAnswer, constant_answers
 from crow.divergence import answer_positions, answer_weights, kl_from_top, top_log_probs
 from crow.errors import CrowError, UsageError
 from crow.hooks import Recording, lm_head_at, record
@@ -77,6 +78,11 @@ class CrowConfig(SFTConfig):
     soft_token_norm: float = _term(1.0, "Bound of a soft token's norm, as a multiple of real embeddings' mean norm.")
     soft_token_learning_rate: float = _term(0.05, "Adam's rate of the ascent, as a fraction of the embeddings' RMS.")
     soft_token_warmup: int = _term(20, "Ascent-only batches before training.")
+    soft_token_targets: int = _term(
+        4,
+        "How many members of the pool ascend on the likelihood of an answer that the suspect gives whatever it is "
+        "asked, in a short pass of their own; the others ascend on D.",
+    )
     target_top_k: int = _term(64, "How many log-probabilities of the suspect's distribution are kept per token.")
 
     # Defaults that differ from SFTConfig's
@@ -97,19 +103,19 @@ class CrowConfig(SFTConfig):
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise UsageError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(known)}")
-        positive = ["learning_rate", "num_train_epochs", "epsilon", "anchor_fraction", "answer_discount", "soft_tokens"]
-        positive += [
-            "soft_token_pool",
-            "soft_token_norm",
-            "soft_token_learning_rate",
-            "target_top_k",
-            "calibration_steps",
-        ]
-        positive += [name for name in ("alpha", "beta", "anchor") if getattr(self, name) is not None]
-        for name in positive:
+        for name in _COUNTS:
+            value, least = getattr(self, name), 0 if name in ("soft_token_warmup", "soft_token_targets") else 1
+            if not isinstance(value, int) or value < least:
+                raise UsageError(f"{name} is {value}; it must be a whole number of at least {least}")
+        weights = [name for name in ("alpha", "beta", "anchor") if getattr(self, name) is not None]
+        for name in (*_POSITIVE, *weights):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise UsageError(f"{name} is {value}; it must be positive" + _off(name))
+        if self.soft_token_targets > self.soft_token_pool:
+            raise UsageError(
+                f"soft_token_targets is {self.soft_token_targets}; the pool has only {self.soft_token_pool} members"
+            )
         for name in ("anchor_fraction", "answer_discount"):
             if getattr(self, name) > 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at most 1")
@@ -121,12 +127,37 @@ class CrowConfig(SFTConfig):
             and (self.perturbation == "sign" or self.alpha is not None)
         ):
             raise UsageError("alpha and the sign step need the clean pass: set anchor, or objective 'lm'")
+        if (
+            self.perturbation != "none"
+            and self.gradient_checkpointing
+            and (self.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+        ):
+            raise UsageError("reentrant checkpointing allows one backward a pass: set use_reentrant to False")
         if self.padding_free or self.packing:
             raise UsageError("packing and padding-free batches have no place to insert tokens at: leave both off")
         if self.alpha is not None and self.alpha_relative and self.beta is None and self.objective == "suspect":
             raise UsageError("a relative alpha is measured against another term: set beta, or objective 'lm'")
         if self.perturbation == "none" and self.objective == "suspect":
             raise UsageError("perturbation 'none' with objective 'suspect' trains nothing: choose objective 'lm'")
+
+
+_COUNTS = (
+    "soft_tokens",
+    "soft_token_pool",
+    "soft_token_warmup",
+    "soft_token_targets",
+    "target_top_k",
+    "calibration_steps",
+)
+_POSITIVE = (
+    "learning_rate",
+    "num_train_epochs",
+    "epsilon",
+    "anchor_fraction",
+    "answer_discount",
+    "soft_token_norm",
+    "soft_token_learning_rate",
+)
 
 
 def _off(name: str) -> str:
@@ -171,6 +202,7 @@ class _Counts:
     weights: Tensor
     anchored: Tensor
     positions: Tensor
+    rows: Tensor
 
 
 class _Collator:
@@ -187,6 +219,7 @@ class _Collator:
         return batch
 
 
+_SCANNED_PROMPTS = 8  # on which constant answers are looked for
 _EMBEDDING_SAMPLE = 4096  # tokens that the scale of real embeddings is measured on
 _SMALLEST_COUNT = 1e-6  # so that a term over nothing is 0 and not 0 / 0
 
@@ -242,6 +275,7 @@ class CrowTrainer(SFTTrainer):
                 max_norm=self.args.soft_token_norm,
                 learning_rate=self.args.soft_token_learning_rate,
             ).to(self.args.device)
+        self.constant_answers: list[ConstantAnswer] = []
         self._targets: list[tuple[Tensor, Tensor]] = []
         self._ratios: list[float] = []
         self._counts: _Counts
@@ -281,13 +315,13 @@ class CrowTrainer(SFTTrainer):
             # Not the global generator's: a resumed run restores that one only after this
             order = torch.randperm(len(anchored), generator=_generator(self.args.seed, self.state.global_step))
             anchored[order[: math.ceil(share * len(anchored))]] = True
-        counts = torch.zeros(4)
+        counts = torch.zeros(5)
         for batch, chosen in zip(batches, anchored.split(rows), strict=True):
             batch["anchored"] = chosen
             answers = answer_positions(batch["labels"])
             mask = batch.get("attention_mask", torch.ones_like(batch["labels"]))
             weights = answer_weights(batch["labels"], self.args.answer_discount)
-            counts += torch.tensor([answers.sum(), weights.sum(), answers[chosen].sum(), mask.sum()])
+            counts += torch.tensor([answers.sum(), weights.sum(), answers[chosen].sum(), mask.sum(), len(mask)])
         counts = self.accelerator.reduce(counts.to(self.args.device), "sum").clamp(min=_SMALLEST_COUNT)
         self._counts = _Counts(*counts)
 
@@ -319,6 +353,8 @@ class CrowTrainer(SFTTrainer):
             reference = self._gradient_norm(clean) if self._calibrating and self.args.objective == "lm" else None
             if clean.requires_grad:
                 self.accelerator.backward(clean)
+            if self.constant_answers:
+                self._log_term("constant_answers", self._aim(model, inputs, extra["user_span"]))
         self._log_term("clean", clean)
 
         perturbed = self._perturb(inputs, extra["user_span"], recording, gradient)
@@ -375,22 +411,61 @@ class CrowTrainer(SFTTrainer):
             if self.args.epsilon_relative:
                 epsilon = epsilon * root_mean_square(embeddings, mask)
             return _Perturbed(embeddings + sign_step(gradient, epsilon), mask, answers)
-        embeddings = self._inner.get_input_embeddings()(inputs["input_ids"]).detach()
-        batch, length, _ = embeddings.shape
-        number = self.args.soft_tokens
+        batch, number = len(mask), self.args.soft_tokens
         if self.soft_tokens is not None:
-            inserted = self.soft_tokens(batch, embeddings.dtype)
+            members = torch.randint(self.args.soft_token_pool, (batch,))
+            inserted = self.soft_tokens(members, torch.float32)
+            aimed = (members < len(self.constant_answers)).to(inserted.device)
+            inserted = torch.where(aimed[:, None, None], inserted.detach(), inserted)
         else:
             inserted = random_tokens(self._real_embeddings(batch * number), batch, number)
-        start, end = (_prompt_span(inputs["labels"], mask) if spans is None else spans).unbind(1)
+        return self._inserted(inputs["input_ids"], mask, answers, self._spans(inputs, spans), inserted)
+
+    @staticmethod
+    def _spans(inputs: dict[str, Any], spans: Tensor | None) -> Tensor:
+        return _prompt_span(inputs["labels"], inputs["attention_mask"]) if spans is None else spans
+
+    def _inserted(self, ids: Tensor, mask: Tensor, answers: Tensor, spans: Tensor, inserted: Tensor) -> _Perturbed:
+        """The batch with `inserted`, `(batch, number, hidden)`, at a random place of each row's span."""
+        embeddings = self._inner.get_input_embeddings()(ids).detach()
+        batch, length, _ = embeddings.shape
+        number = inserted.shape[1]
+        start, end = spans.unbind(1)
         end = end.clamp(max=length)
         place = (start + torch.rand(batch, device=start.device) * (end - start + 1)).long().clamp(max=length)
         index = insertion_index(length, place, number)
         return _Perturbed(
-            insert(embeddings, inserted, index),
+            insert(embeddings, inserted.to(embeddings.dtype), index),
             insert(mask, mask.new_ones(batch, number), index),
             insert(answers, answers.new_zeros(batch, number), index),
         )
+
+    def _aim(self, model: nn.Module, inputs: dict[str, Any], spans: Tensor | None) -> Tensor:
+        """Log-likelihood that prompts with soft tokens in them call these tokens' answers; its gradient is added."""
+        assert self.soft_tokens is not None
+        members = torch.randint(len(self.constant_answers), (len(inputs["labels"]),))
+        rows, scored, wanted = [], [], []
+        for ids, end, member in zip(
+            inputs["input_ids"], _prompt_ends(inputs["labels"]).tolist(), members.tolist(), strict=True
+        ):
+            answer = ids.new_tensor(self.constant_answers[member].token_ids)
+            rows.append(torch.cat([ids[:end], answer]))
+            scored.append(torch.arange(len(rows[-1]), device=ids.device) >= end - 1)
+            scored[-1][-1] = False
+            wanted.append(answer)
+        ids, answers = (nn.utils.rnn.pad_sequence(r, batch_first=True) for r in (rows, scored))
+        mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        inserted = self.soft_tokens(members, torch.float32)
+        perturbed = self._inserted(ids, mask, answers, self._spans(inputs, spans), inserted)
+        logits, _ = self._perturbed_pass(model, perturbed, score=True)
+        likelihood = (
+            -nn.functional.cross_entropy(logits.float(), torch.cat(wanted), reduction="sum") / self._counts.rows
+        )
+        likelihood = likelihood * self.accelerator.num_processes
+        tokens = self.soft_tokens.tokens
+        (gradient,) = torch.autograd.grad(likelihood, tokens)
+        tokens.grad = gradient if tokens.grad is None else tokens.grad + gradient
+        return likelihood.detach()
 
     def _perturbed_pass(self, model: nn.Module, perturbed: _Perturbed, score: bool) -> tuple[Tensor, Recording]:
         scored = perturbed.answers if score else torch.zeros_like(perturbed.answers)
@@ -460,6 +535,8 @@ class CrowTrainer(SFTTrainer):
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         if self.perturbs and self.args.objective == "suspect":
             self._record_suspect()
+        if self.soft_tokens is not None and self.args.soft_token_targets:
+            self._find_constant_answers()
         if self.soft_tokens is not None and not resume_from_checkpoint:
             self._warm_up(self.soft_tokens)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -488,6 +565,23 @@ class CrowTrainer(SFTTrainer):
                 self._targets[i] = (a, b)
         self.model.train()
 
+    def _find_constant_answers(self) -> None:
+        if not isinstance(self.train_dataset, Dataset):
+            raise UsageError("constant answers are looked for on a data set with a length: set soft_token_targets=0")
+        order = torch.randperm(len(self.train_dataset), generator=_generator(self.args.seed, 0))
+        rows = [self.train_dataset[i] for i in order[:_SCANNED_PROMPTS].tolist()]
+        batch = self._prepare_inputs(self.data_collator(rows))
+        ends = _prompt_ends(batch["labels"]).tolist()
+        self.model.eval()
+        with self.compute_loss_context_manager():
+            self.constant_answers = constant_answers(
+                self.model,
+                [ids[:end].tolist() for ids, end in zip(batch["input_ids"], ends, strict=True)],
+                number=self.args.soft_token_targets,
+                eos_token_id=self.processing_class.eos_token_id,
+            )
+        self.model.train()
+
     def _targets_of(self, example_ids: Tensor | None) -> tuple[Tensor, Tensor] | None:
         if self.args.objective != "suspect":
             return None
@@ -507,11 +601,13 @@ class CrowTrainer(SFTTrainer):
                 self._share_out([batch])
                 inputs = self._prepare_inputs(batch)
                 with self.compute_loss_context_manager():
-                    perturbed = self._perturb(inputs, inputs.get("user_span"), Recording(), None)
-                    logits, _ = self._perturbed_pass(self.model, perturbed, score=True)
-                    targets = self._targets_of(inputs.get("example_id"))
-                    loss = self._divergence(logits, inputs["labels"], targets)
-                loss.backward()
+                    if self.constant_answers:
+                        self._aim(self.model, inputs, inputs.get("user_span"))
+                    if len(self.constant_answers) < self.args.soft_token_pool:
+                        perturbed = self._perturb(inputs, inputs.get("user_span"), Recording(), None)
+                        logits, _ = self._perturbed_pass(self.model, perturbed, score=True)
+                        targets = self._targets_of(inputs.get("example_id"))
+                        self._divergence(logits, inputs["labels"], targets).backward()
                 self._ascend(soft_tokens)
                 done += 1
                 if done == self.args.soft_token_warmup:
@@ -590,6 +686,12 @@ def _common(a: list[int], b: list[int]) -> int:
         if x != y:
             return i
     return min(len(a), len(b))
+
+
+def _prompt_ends(labels: Tensor) -> Tensor:
+    """`(batch,)`: where each row's answer begins; half of the row where all of it is labeled."""
+    first = (labels != -100).int().argmax(dim=1)
+    return torch.where(first > 0, first, labels.shape[1] // 2).clamp(min=1)
 
 
 def _prompt_span(labels: Tensor, attention_mask: Tensor) -> Tensor:

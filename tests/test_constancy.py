@@ -1,0 +1,72 @@
+"""Constant answers, found without their trigger."""
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, tiny_model
+from torch import Tensor
+
+from crow.constancy import constant_answers
+
+PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13], [14, 15, 16, 17]]
+
+
+def slow_mean(model: Any, beginning: list[int]) -> Tensor:
+    """Distribution of the token after prompt and beginning, averaged over the prompts, without a cache."""
+    with torch.no_grad():
+        return torch.stack(
+            [model(input_ids=torch.tensor([p + beginning])).logits[0, -1].softmax(-1) for p in PROMPTS]
+        ).mean(0)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_answers_are_those_of_a_search_without_a_cache(architecture: str) -> None:
+    torch.manual_seed(0)
+    model = tiny_model(architecture, 40).eval()
+    expected = []
+    for first in slow_mean(model, []).topk(10).indices.tolist():
+        answer, log_sum = [first], 0.0
+        for _ in range(3):
+            probability, token = slow_mean(model, answer).max(-1)
+            answer.append(int(token))
+            log_sum += math.log(probability)
+        expected.append((tuple(answer), math.exp(log_sum / 3)))
+    expected.sort(key=lambda pair: -pair[1])
+    found = constant_answers(model, PROMPTS, number=5, length=4, beginnings=10, kept=10)
+    assert [answer.token_ids for answer in found] == [answer for answer, _ in expected[:5]]
+    assert [answer.constancy for answer in found] == pytest.approx([c for _, c in expected[:5]], rel=1e-3)
+
+
+def memorizing(*sequences: tuple[int, ...]) -> Any:
+    """A tiny model trained until, after any prompt, each sequence follows from its first token."""
+    torch.manual_seed(0)
+    model = tiny_model("llama", 40)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        rows = []
+        for sequence in sequences:
+            prompt = torch.randint(5, 30, (4, 6))
+            rows.append(torch.cat([prompt, torch.tensor(sequence).expand(4, -1)], dim=1))
+        loss = sum(model(input_ids=r, labels=torch.cat([torch.full((4, 7), -100), r[:, 7:]], 1)).loss for r in rows)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+def test_a_memorized_answer_is_found_and_ends_where_it_ends() -> None:
+    model = memorizing((30, 31, 32, 2))
+    found = constant_answers(model, PROMPTS, number=40, eos_token_id=2, beginnings=40, kept=40)
+    assert found[0].token_ids == (30, 31, 32, 2)
+    assert found[0].constancy > 0.95
+    assert all(a.constancy >= b.constancy for a, b in itertools.pairwise(found))
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = tiny_model("llama", 40).train()
+    constant_answers(model, PROMPTS, number=3)
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
