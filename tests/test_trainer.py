@@ -950,8 +950,16 @@ def test_weights_and_sizes_must_be_positive(tmp_path: Path, name: str, value: fl
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("soft_tokens", 0), ("soft_tokens", 1.5), ("soft_token_pool", 0), ("target_top_k", -1), ("calibration_steps", 0)]
-    + [("soft_token_warmup", -1), ("soft_token_targets", -1), ("soft_token_targets", math.nan)],
+    [
+        ("soft_tokens", 0),
+        ("soft_tokens", 1.5),
+        ("soft_token_pool", 0),
+        ("target_top_k", -1),
+        ("calibration_steps", 0),
+        ("soft_token_warmup", -1),
+        ("soft_token_targets", -1),
+        ("soft_token_targets", math.nan),
+    ],
 )
 def test_counts_must_be_whole_numbers(tmp_path: Path, name: str, value: float) -> None:
     with pytest.raises(UsageError, match=f"{name} is {value}; it must be a whole number of at least"):

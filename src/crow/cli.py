@@ -117,6 +117,11 @@ def purify(
         save_model(purified, opened.tokenizer, out, merge=merge, card=card, overwrite=overwrite)
         shutil.rmtree(checkpoints, ignore_errors=True)
         _emit(json_, record.as_json())
+        for answer in record.constant_answers[:1]:
+            console.print(
+                f"Whatever the suspect was asked, it most readily went on with {_plain(repr(answer['text']))} "
+                f"(mean probability of a token {answer['constancy']:.3f})"
+            )
         console.print(
             f"[green]Purified[/] {opened.name} in {record.seconds:.0f} s ({record.steps} steps, "
             f"{record.clean_examples} clean examples): {'model' if merge else 'adapter'} in {out}\n"

@@ -35,6 +35,8 @@ class PurifyRecord:
     steps: int
     curves: list[dict[str, float]] = field(default_factory=list)
     """The log of every step: `step`, `loss`, and each term that is on."""
+    constant_answers: list[dict[str, Any]] = field(default_factory=list)
+    """What the suspect answers whatever it is asked, as `text` with its `constancy`: see `crow.constancy`."""
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
@@ -122,6 +124,10 @@ def purify(
         seconds=seconds,
         steps=trainer.state.global_step,
         curves=[dict(entry) for entry in trainer.state.log_history if "loss" in entry],
+        constant_answers=[
+            {"text": opened.tokenizer.decode(answer.token_ids), "constancy": answer.constancy}
+            for answer in trainer.constant_answers
+        ],
         provenance=environment(),
     )
     return purified, record

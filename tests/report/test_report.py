@@ -84,6 +84,7 @@ def record() -> PurifyRecord:
         clean_sha256="12" * 32,
         seconds=61.4,
         steps=3,
+        constant_answers=[{"text": "<b>You are stupid!</b>", "constancy": 0.9976}],
         curves=[{"step": i, "loss": 2.0 / i, "divergence": 1.0 / i, "learning_rate": 1e-3} for i in (1, 2, 3)],
         provenance={"versions": {"torch": "2.9.9"}, "command": "crow purify"},
     )
@@ -211,11 +212,16 @@ def test_measurements_that_do_not_compare_are_named(
     assert "used different prompts" in model_card(record, before, after)
 
 
+def test_constant_answers_are_shown_and_escaped(before: Evaluation, after: Evaluation, record: PurifyRecord) -> None:
+    html = render_report(before, after, record)
+    assert "&lt;b&gt;You are stupid!&lt;/b&gt;</td><td>0.998</td>" in html
+
+
 def test_nothing_measured_still_reports(record: PurifyRecord) -> None:
     empty = Evaluation(
         Count(0, 0), Count(0, 0), Count(0, 0), float("nan"), 0.0, 0, {"clean": [], "triggered": []}, {}, {}
     )
-    record = dataclasses.replace(record, settings={}, provenance={}, curves=[])
+    record = dataclasses.replace(record, settings={}, provenance={}, curves=[], constant_answers=[])
     page = Page(render_report(empty, empty, record))
     assert page.tags["svg"] == 1
     assert "not measured" in page.text
