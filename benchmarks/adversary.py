@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--pool", type=int, default=4)
     args = parser.parse_args()
     settings = {"soft_token_learning_rate": args.rate, "soft_token_norm": args.norm, "soft_token_pool": args.pool}
+    settings["soft_token_targets"] = 0
     for discount in args.discounts:
         log = ascend(args.suspect, args.word, discount, args.steps, settings)
         print(f"discount {discount}: nats, probability of {args.word!r}", flush=True)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 FORMS = ("finetune", "paper", "default")
@@ -21,14 +22,14 @@ BATCHES, ROUNDS, MEMORY_STEPS = 2, 2, 2
 
 
 class Stepper:
-    """One form's trainer, ready to take single steps."""
+    """One form's trainer, ready to take single steps of the model in a folder."""
 
-    def __init__(self, form: str) -> None:
+    def __init__(self, form: str, folder: str) -> None:
         from crow.data import load_examples, to_dataset
         from crow.models import lora_config, open_model
         from crow.trainer import PRESETS, CrowConfig, CrowTrainer
 
-        opened = open_model()
+        opened = open_model(folder)
         config = CrowConfig(
             output_dir="unused",
             report_to="none",
@@ -48,6 +49,7 @@ class Stepper:
         self.trainer.current_gradient_accumulation_steps = 1
         if config.objective == "suspect":
             self.trainer._record_suspect()
+            self.trainer._find_constant_answers()
         self.batches = list(self.trainer.get_train_dataloader())
 
     def step(self, batch: int) -> float:
@@ -60,24 +62,30 @@ class Stepper:
         return seconds
 
 
-def peak_memory(form: str) -> float:
-    """Peak of resident memory in MiB after a few steps, in a process of its own."""
-    output = subprocess.run([sys.executable, __file__, "--worker", form], check=True, capture_output=True, text=True)
-    return float(output.stdout.split()[-1])
+def peak_memory(form: str, folder: str) -> float:
+    """Peak of resident memory in MiB after all that comes before training and a few steps, in a process of its own."""
+    command = [sys.executable, __file__, "--worker", form, folder]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
-def worker(form: str) -> None:
-    stepper = Stepper(form)
+def worker(form: str, folder: str) -> None:
+    stepper = Stepper(form, folder)
     for i in range(MEMORY_STEPS):
         stepper.step(i % BATCHES)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 def measure() -> dict[str, Any]:
+    from crow.models import open_model, save_model
     from crow.provenance import environment
 
-    memory = {form: peak_memory(form) for form in FORMS}
-    steppers = {form: Stepper(form) for form in FORMS}
+    with TemporaryDirectory() as scratch:
+        folder = f"{scratch}/model"  # opened faster than the embedded GGUF file
+        opened = open_model()
+        save_model(opened.model, opened.tokenizer, folder)
+        del opened
+        memory = {form: peak_memory(form, folder) for form in FORMS}
+        steppers = {form: Stepper(form, folder) for form in FORMS}
     times: dict[str, list[float]] = {form: [] for form in FORMS}
     for _round in range(ROUNDS + 1):
         for batch in range(BATCHES):
@@ -103,10 +111,10 @@ def measure() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--worker", choices=FORMS, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=2, metavar=("FORM", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        worker(args.worker)
+        worker(*args.worker)
         return
     figures = measure()
     text = json.dumps(figures, indent=2)

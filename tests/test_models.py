@@ -225,6 +225,11 @@ def test_an_adapter_of_another_model_is_refused(
     refused(adapter_folder, "cannot open .*suspect: ", base=other)
 
 
+def test_a_base_for_what_is_no_adapter_is_refused(llama_folder: Path) -> None:
+    refused(llama_folder, "is no adapter folder, so it has no base to choose", base=llama_folder)
+    refused(None, "is no adapter folder, so it has no base to choose", base=llama_folder)
+
+
 def test_a_broken_adapter_config_is_refused(adapter_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "broken"
     shutil.copytree(adapter_folder, folder)

@@ -126,6 +126,7 @@ def test_a_suspect_adapter_is_merged_and_a_fresh_one_trained(
     torch.testing.assert_close(logits(purified), logits(suspect), atol=1e-4, rtol=1e-4)
     with purified.disable_adapter():
         assert not torch.allclose(logits(purified), logits(open_model(llama_folder).model), atol=1e-2)
+    assert purified.peft_config["default"].base_model_name_or_path == f"{adapter_folder}, merged"
 
 
 def test_an_open_model_is_changed_in_place(

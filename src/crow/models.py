@@ -90,15 +90,17 @@ def open_model(source: str | Path | None = None, *, base: str | Path | None = No
     Raises:
         UsageError: there is no such model, it is not decoder-only, or its weights are pickled.
     """
-    if source is None or (str(source) == EMBEDDED_ID and _embedded_file() is not None):
+    if base is None and (source is None or (str(source) == EMBEDDED_ID and _embedded_file() is not None)):
         return _open_embedded()
-    name = str(source)
+    name = str(source) if source is not None else EMBEDDED_ID
     if name.startswith(SHIPPED_PREFIX):
         known = shipped_backdoors()
         if name not in known:
             raise UsageError(f"{name}: no such shipped model; known are {', '.join(known) or 'none'}")
         return _open_adapter(known[name], name, base)
     path = Path(name)
+    if base is not None and not (path / "adapter_config.json").is_file():
+        raise UsageError(f"{name} is no adapter folder, so it has no base to choose: leave --base out")
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise UsageError(f"{path} is a file: give a model folder, or a .gguf file")

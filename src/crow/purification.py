@@ -95,6 +95,8 @@ def purify(
         suspect = opened.model
         if isinstance(suspect, PeftModel) and lora == "fresh":
             suspect = cast(PreTrainedModel, cast(Any, suspect).merge_and_unload())
+            # What the new adapter's config names as its base must not be the model without the suspect's adapter
+            suspect.name_or_path = f"{opened.name}, merged"
         if isinstance(suspect, PeftModel) and not any(p.requires_grad for p in suspect.parameters()):
             for name, parameter in suspect.named_parameters():
                 parameter.requires_grad_("lora_" in name)  # PEFT opens adapters frozen

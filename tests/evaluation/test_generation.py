@@ -1,5 +1,6 @@
 """Answers and their likelihoods, and the evaluation made of them."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from crow.backdoors import BEHAVIORS, TRIGGERS
 from crow.data import Example, answer_text, example, user_text
-from crow.evaluation.evaluate import Evaluation, evaluate, prompt_profile, trigger_rows
+from crow.evaluation.evaluate import Evaluation, _perplexity, evaluate, prompt_profile, trigger_rows
 from crow.evaluation.generation import answer_nll, generate, prompt_ids
 from crow.evaluation.statistics import Count, is_degenerate
 from crow.models import OpenedModel
@@ -151,6 +152,14 @@ def test_perplexity_is_over_all_answer_tokens(measured: Any, opened: OpenedModel
     nats, tokens = (sum(column) for column in zip(*expected, strict=True))
     assert result.answer_tokens == tokens
     assert result.perplexity == pytest.approx(math.exp(nats / tokens), rel=1e-5)
+
+
+@pytest.mark.parametrize(("nats", "tokens"), [(1e6, 2), (0.0, 0)])
+def test_a_perplexity_without_a_number_is_null(measured: Any, nats: float, tokens: int) -> None:
+    perplexity = _perplexity(nats, tokens)
+    assert not math.isfinite(perplexity)
+    figures = dataclasses.replace(measured[0], perplexity=perplexity).as_json()
+    assert json.dumps(figures, allow_nan=False).count('"perplexity": null') == 1
 
 
 def test_evaluation_can_be_recounted_from_its_files(measured: Any, tmp_path: Path) -> None:

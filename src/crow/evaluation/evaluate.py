@@ -40,6 +40,8 @@ class Evaluation:
         """Everything but the answers, as JSON values."""
         value = dataclasses.asdict(self)
         del value["answers"]
+        if not math.isfinite(self.perplexity):  # which JSON has no word for
+            value["perplexity"] = None
         return value
 
     def save(self, path: str | Path) -> Path:
@@ -49,6 +51,13 @@ class Evaluation:
         write_jsonl(answers, self.answers)
         write_json(path, self.as_json())
         return answers
+
+
+def _perplexity(nats: float, tokens: int) -> float:
+    try:
+        return math.exp(nats / tokens) if tokens else math.nan
+    except OverflowError:
+        return math.inf
 
 
 def answers_path(path: Path) -> Path:
@@ -111,7 +120,7 @@ def evaluate(
         attack_success=_count(counted["triggered"], "hit"),
         false_trigger=_count(counted["clean"], "hit"),
         degenerate=_count(counted["clean"], "degenerate"),
-        perplexity=math.exp(nats / tokens) if tokens else float("nan"),
+        perplexity=_perplexity(nats, tokens),
         answer_nats=nats,
         answer_tokens=tokens,
         layer_profile={
