@@ -272,6 +272,15 @@ def test_a_merged_model_stands_alone(adapted: OpenedModel, tmp_path: Path) -> No
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
 
 
+def test_the_tokenizers_class_is_one_that_transformers_before_5_knows(adapted: OpenedModel, tmp_path: Path) -> None:
+    save_model(adapted.model, adapted.tokenizer, tmp_path / "out", merge=True)
+    config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    again = open_model(tmp_path / "out").tokenizer
+    assert again("Good day")["input_ids"] == adapted.tokenizer("Good day")["input_ids"]
+    assert again.chat_template == adapted.tokenizer.chat_template
+
+
 def test_an_existing_folder_is_replaced_only_on_request(adapted: OpenedModel, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")

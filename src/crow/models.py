@@ -313,5 +313,14 @@ def save_model(
     with atomic_directory(path, overwrite) as folder:
         model.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
+        _name_tokenizer_class(folder / "tokenizer_config.json")
         if card is not None:
             (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _name_tokenizer_class(path: Path) -> None:
+    """Name a generic tokenizer by the class that transformers before 5 knows too, as servers and converters have it."""
+    config = json.loads(path.read_text("utf-8"))
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
