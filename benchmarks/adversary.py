@@ -41,7 +41,7 @@ def ascend(suspect: str, word: str, discount: float, steps: int, settings: dict[
         logits, _ = trainer._perturbed_pass(trainer.model, perturbed, score=True)
         divergence = trainer._divergence(logits, inputs["labels"], trainer._targets_of(inputs["example_id"]))
         torch.autograd.backward(divergence)
-        trainer._ascend(trainer.soft_tokens)
+        trainer._ascend()
         answers = answer_positions(inputs["labels"])
         first = (answers.cumsum(dim=1) == 1)[answers]
         log.append((divergence.item(), logits[first].float().softmax(dim=-1)[:, first_id].mean().item()))
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--pool", type=int, default=4)
     args = parser.parse_args()
     settings = {"soft_token_learning_rate": args.rate, "soft_token_norm": args.norm, "soft_token_pool": args.pool}
-    settings["soft_token_targets"] = 0
+    settings["trigger_guesses"] = 0
     for discount in args.discounts:
         log = ascend(args.suspect, args.word, discount, args.steps, settings)
         print(f"discount {discount}: nats, probability of {args.word!r}", flush=True)

@@ -23,8 +23,8 @@ from transformers import (
 
 from crow.data import example
 from crow.errors import UsageError
-from crow.evaluation.generation import generate
 from crow.files import sha256_file
+from crow.generation import generate
 from crow.models import (
     EMBEDDED_ID,
     PLAIN_TEMPLATE,

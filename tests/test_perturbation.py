@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from crow.consistency import layer_consistency
-from crow.perturbation import SoftTokens, insert, insertion_index, random_tokens, root_mean_square, sign_step
+from crow.perturbation import (
+    GuessedTriggers,
+    SoftTokens,
+    insert,
+    insertion_index,
+    random_tokens,
+    root_mean_square,
+    sign_step,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -198,21 +206,6 @@ def test_ascent_clears_the_gradient() -> None:
     assert tokens.tokens.grad is None or (tokens.tokens.grad == 0).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_forward_gives_the_members_in_the_dtype_asked_for(dtype: torch.dtype) -> None:
-    tokens = soft_tokens()
-    rows = tokens(torch.tensor([2, 0, 0, 1]), dtype)
-    assert rows.dtype == dtype
-    members = tokens.tokens.detach().to(dtype)
-    assert torch.equal(rows, torch.stack([members[2], members[0], members[0], members[1]]))
-
-
-def test_gradient_of_forward_reaches_the_pool() -> None:
-    tokens = soft_tokens(pool=1)
-    tokens(torch.zeros(4, dtype=torch.long), torch.bfloat16).float().sum().backward()
-    assert torch.equal(tokens.tokens.grad, torch.full((1, 2, 8), 4.0))
-
-
 def test_soft_tokens_leave_the_embeddings_alone() -> None:
     embeddings = torch.nn.Parameter(torch.randn(10, 4))
     before = embeddings.detach().clone()
@@ -231,3 +224,66 @@ def test_random_tokens_are_rows_of_the_matrix(dtype: torch.dtype) -> None:
     assert rows.dtype == dtype
     assert not rows.requires_grad
     assert all((embeddings == row).all(dim=-1).any() for row in rows.flatten(0, 1))
+
+
+def guesses(number: int = 4, length: int = 2, allowed: torch.Tensor | None = None) -> GuessedTriggers:
+    embed = torch.nn.Embedding(30, 8)
+    return GuessedTriggers(embed, torch.ones(30).bool() if allowed is None else allowed, number=number, length=length)
+
+
+def test_guesses_are_embeddings_of_allowed_tokens() -> None:
+    allowed = torch.arange(30) % 3 == 0
+    pool = guesses(number=40, allowed=allowed)
+    assert allowed[pool.ids].all()
+    for _ in range(5):
+        pool.tokens.grad = torch.randn_like(pool.tokens)
+        pool.ascend()
+        assert allowed[pool.ids].all()
+        assert torch.equal(pool.tokens, pool._embed[0](pool.ids))
+    assert pool.tokens.grad is None
+
+
+def test_an_ascent_exchanges_the_one_token_that_promises_most() -> None:
+    pool = guesses()
+    weight, before, gradient = pool._embed[0].weight.detach(), pool.ids.clone(), torch.randn(4, 2, 8)
+    pool.tokens.grad = gradient.clone()
+    pool.ascend()
+    for guess in range(4):
+        gains = {
+            (place, token): float(gradient[guess, place] @ (weight[token] - weight[before[guess, place]]))
+            for place in range(2)
+            for token in range(30)
+        }
+        place, token = max(gains, key=lambda key: gains[key])
+        expected = before[guess].clone()
+        expected[place] = token
+        assert torch.equal(pool.ids[guess], expected)
+
+
+def test_ascents_find_the_tokens_of_a_linear_objective() -> None:
+    pool = guesses(number=1, length=3)
+    direction = torch.randn(3, 8)
+    for _ in range(10):
+        (pool.tokens[0] * direction).sum().backward()
+        pool.ascend()
+    assert torch.equal(pool.ids[0], (direction @ pool._embed[0].weight.T).argmax(dim=-1))
+
+
+def test_gradients_of_past_batches_count() -> None:
+    pool = guesses(number=1, length=1)
+    weight = pool._embed[0].weight.detach()
+    first, second = torch.randn(1, 1, 8), torch.randn(1, 1, 8)
+    for gradient in (first, second):
+        pool.tokens.grad = gradient.clone()
+        pool.ascend()
+    assert pool.ids.item() == int((weight @ (0.8 * first + second)[0, 0]).argmax())
+
+
+def test_guesses_come_back_from_their_state() -> None:
+    pool, other = guesses(), guesses()
+    pool.tokens.grad = torch.randn_like(pool.tokens)
+    pool.ascend()
+    other.load_state_dict(pool.state_dict())
+    assert torch.equal(other.ids, pool.ids)
+    assert torch.equal(other.tokens, pool.tokens)
+    assert torch.equal(other.mean_gradient, pool.mean_gradient)

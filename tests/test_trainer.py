@@ -23,7 +23,7 @@ from crow.data import Example, answer_text, to_dataset, user_text
 from crow.errors import CrowError, UsageError
 from crow.hooks import Recording
 from crow.models import lora_config
-from crow.perturbation import SoftTokens
+from crow.perturbation import GuessedTriggers, SoftTokens
 from crow.trainer import PRESETS, CrowConfig, CrowTrainer, user_span
 
 Gradients = dict[str, Tensor]
@@ -275,18 +275,18 @@ def test_default_costs_less_than_four_passes_and_projects_answers_only(metered: 
 
 
 def test_without_targets_the_default_costs_two_and_a_half_passes(metered: Any) -> None:
-    meter, _ = metered(soft_token_targets=0)
+    meter, _ = metered(trigger_guesses=0)
     assert (meter.forward, meter.backward) == ([2, 8], [2, 8])
 
 
 @pytest.mark.parametrize(("fraction", "number"), [(1.0, 8), (0.5, 4), (0.01, 1)])
 def test_anchor_fraction_is_the_share_of_rows_seen_clean(metered: Any, fraction: float, number: int) -> None:
-    meter, _ = metered(anchor_fraction=fraction, soft_token_targets=0)
+    meter, _ = metered(anchor_fraction=fraction, trigger_guesses=0)
     assert meter.forward == [number, 8]
 
 
 def test_no_anchor_means_no_clean_pass(metered: Any) -> None:
-    meter, trainer = metered(anchor=None, soft_token_targets=0)
+    meter, trainer = metered(anchor=None, trigger_guesses=0)
     assert (meter.forward, meter.backward) == ([8], [8])
     assert logs(trainer)[0]["clean"] == 0
 
@@ -346,20 +346,25 @@ def test_papers_step_is_the_papers(make: Any) -> None:
     assert distance(gradients, slow.gradients(5.5 * inconsistency)) > 0.05
 
 
+ONE_SOFT: dict[str, Any] = {"trigger_guesses": 0, "soft_token_pool": 1}
+ONE_GUESS: dict[str, Any] = {"trigger_guesses": 1, "soft_token_pool": 0}
+
+
 @pytest.fixture
 def pinned(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The insertion is the pool's first, halfway into the user's message; returns where its gradients are kept."""
+    """Tokens are inserted halfway into the user's message; returns where the gradients of the inserted are kept."""
     gradients: list[Tensor] = []
-    ascend = SoftTokens.ascend
 
-    def kept(self: SoftTokens) -> None:
-        assert self.tokens.grad is not None
-        gradients.append(self.tokens.grad.clone())
-        ascend(self)
+    def keeping(ascend: Callable[[Any], None]) -> Callable[[Any], None]:
+        def kept(self: Any) -> None:
+            gradients.append(self.tokens.grad.clone())
+            ascend(self)
+
+        return kept
 
     monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.full(size, 0.5))
-    monkeypatch.setattr(SoftTokens, "forward", lambda self, members, dtype: self.tokens[members * 0].to(dtype))
-    monkeypatch.setattr(SoftTokens, "ascend", kept)
+    for adversary in (SoftTokens, GuessedTriggers):
+        monkeypatch.setattr(adversary, "ascend", keeping(adversary.ascend))
     return gradients
 
 
@@ -368,7 +373,7 @@ def pinned(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 )
 def test_defaults_step_is_as_documented(make: Any, pinned: list[Tensor], objective: str, alpha: float | None) -> None:
     suspect = Slow(make().model)  # before the model is changed at the start of training
-    start = make().soft_tokens.tokens.detach()[0]
+    start = make(**ONE_SOFT).soft_tokens.tokens.detach()[0]
     gradients, trainer = first_gradients(
         make,
         scatter=True,
@@ -382,7 +387,7 @@ def test_defaults_step_is_as_documented(make: Any, pinned: list[Tensor], objecti
         target_top_k=600,
         alpha=alpha,
         alpha_relative=False,
-        soft_token_targets=0,
+        **ONE_SOFT,
     )
     slow, data = Slow(trainer.model), encoded(trainer)
     spans = trainer.train_dataset["user_span"]
@@ -423,7 +428,6 @@ def test_defaults_step_is_as_documented(make: Any, pinned: list[Tensor], objecti
     assert log["loss"] == pytest.approx(loss.item(), rel=1e-3)
     (expected,) = torch.autograd.grad(loss, soft, retain_graph=True)
     assert distance({"soft": pinned[0][0]}, {"soft": expected}) < 1e-3
-    assert not pinned[0][1:].any()
     assert distance(gradients, slow.gradients(loss)) < 1e-3
     # The soft tokens have moved so that the answers diverge more
     with torch.no_grad():
@@ -431,31 +435,36 @@ def test_defaults_step_is_as_documented(make: Any, pinned: list[Tensor], objecti
         assert 1.3 * moved[1] + (alpha or 0) * moved[2] > (loss - clean) * 1.001
 
 
-def test_aimed_tokens_ascend_on_the_likelihood_of_their_answer_alone(make: Any, pinned: list[Tensor]) -> None:
-    settings: dict[str, Any] = {"soft_token_targets": 1, "soft_token_pool": 1}
-    start = make(**settings).soft_tokens.tokens.detach()[0]
-    _, trainer = first_gradients(make, scatter=True, optim="sgd", learning_rate=1e-12, **settings)
+def test_guesses_ascend_on_the_likelihood_of_their_answer_alone(make: Any, pinned: list[Tensor]) -> None:
+    guess = make(**ONE_GUESS).guesses.tokens.detach()[0]
+    _, trainer = first_gradients(make, scatter=True, optim="sgd", learning_rate=1e-12, **ONE_GUESS)
     (answer,) = trainer.constant_answers
-    slow, soft, likelihood = Slow(trainer.model), start.clone().requires_grad_(), torch.zeros(())
+    slow, inserted, likelihood = Slow(trainer.model), guess.clone().requires_grad_(), torch.zeros(())
     for (ids, labels), (first, last) in zip(encoded(trainer), trainer.train_dataset["user_span"], strict=True):
         prompt = ids[: int((labels != -100).nonzero()[0])]
         embeddings = slow.embed(torch.cat([prompt, torch.tensor(answer.token_ids)]))
         place = int(first + 0.5 * (last - first + 1))
-        _, logits = slow(torch.cat([embeddings[:place], soft, embeddings[place:]]))
+        _, logits = slow(torch.cat([embeddings[:place], inserted, embeddings[place:]]))
         scores = logits.log_softmax(-1)[len(prompt) + 2 : -1]
         likelihood = likelihood + scores.gather(1, torch.tensor(answer.token_ids)[:, None]).sum() / 8
-    (expected,) = torch.autograd.grad(likelihood, soft)
+    (expected,) = torch.autograd.grad(likelihood, inserted)
     assert logs(trainer)[0]["constant_answers"] == pytest.approx(likelihood.item(), rel=1e-3)
-    assert distance({"soft": pinned[0][0]}, {"soft": expected}) < 1e-3
+    assert distance({"guess": pinned[0][0]}, {"guess": expected}) < 1e-3
 
 
-def test_aimed_tokens_learn_to_call_their_answer(make: Any) -> None:
+def test_guesses_learn_to_call_their_answer(make: Any) -> None:
     def likelihood(steps: int) -> float:
-        trainer = make(soft_token_warmup=steps)
+        trainer = make(soft_token_warmup=steps, **ONE_GUESS)
         trainer.train()
         return logs(trainer)[0]["constant_answers"]
 
-    assert likelihood(10) > likelihood(0) + 1
+    assert likelihood(10) > likelihood(0) + 0.5
+
+
+def test_guesses_are_words_and_no_special_tokens(make: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+    guesses = make(trigger_guesses=2000).guesses.ids
+    assert not set(tokenizer.all_special_ids) & set(guesses.flatten().tolist())
+    assert guesses.max() < len(tokenizer)
 
 
 def test_clean_divergence_is_the_mean_over_the_rows_seen_clean(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -490,24 +499,25 @@ def test_nothing_diverges_clean_before_the_first_step(make: Any) -> None:
 
 def test_ascent_before_training_makes_the_answers_diverge_more(make: Any, pinned: list[Tensor]) -> None:
     def divergence(steps: int) -> float:
-        trainer = make(soft_token_warmup=steps, soft_token_targets=0)
+        trainer = make(soft_token_warmup=steps, trigger_guesses=0)
         trainer.train()
         return logs(trainer)[0]["divergence"]
 
     assert divergence(10) > 1.1 * divergence(0)
 
 
-@pytest.mark.parametrize("targets", [0, 4, 8])
-def test_ascent_before_training_leaves_the_model_alone(make: Any, targets: int) -> None:
-    trainer = make(soft_token_warmup=3, soft_token_targets=targets)
-    before, tokens = lora(trainer), trainer.soft_tokens.tokens.detach().clone()
+@pytest.mark.parametrize(("guesses", "pool"), [(0, 8), (4, 8), (4, 0)])
+def test_ascent_before_training_leaves_the_model_alone(make: Any, guesses: int, pool: int) -> None:
+    trainer = make(soft_token_warmup=3, trigger_guesses=guesses, soft_token_pool=pool)
+    before = lora(trainer)
+    tokens = [adversary.tokens.detach().clone() for adversary in trainer._adversaries]
     trainer._record_suspect()
-    if targets:
+    if guesses:
         trainer._find_constant_answers()
-    trainer._warm_up(trainer.soft_tokens)
+    trainer._warm_up()
     assert all(torch.equal(weight, before[name]) for name, weight in lora(trainer).items())
     assert all(p.requires_grad and p.grad is None for n, p in trainer.model.named_parameters() if "lora_" in n)
-    assert not torch.equal(trainer.soft_tokens.tokens, tokens)
+    assert all(not torch.equal(a.tokens, t) for a, t in zip(trainer._adversaries, tokens, strict=True))
 
 
 def test_soft_tokens_stay_within_their_ball(make: Any) -> None:
@@ -571,8 +581,8 @@ def test_the_order_of_rows_depends_on_seed_and_epoch_alone(make: Any, rows: list
 VARIANTS: dict[str, dict[str, Any]] = {
     "paper": PAPER,
     "finetune": FINETUNE,
-    "ascending": {"soft_token_targets": 0},
-    "aimed": {"soft_token_targets": 1, "soft_token_pool": 1},
+    "ascending": ONE_SOFT,
+    "aimed": ONE_GUESS,
 }
 
 
@@ -604,7 +614,7 @@ def test_accumulated_batches_make_the_step_of_one(
 
 @pytest.mark.parametrize("name", ["paper", "default"])
 def test_padding_changes_nothing(make: Any, pinned: list[Tensor], name: str) -> None:
-    settings = PRESETS[name] | {"anchor_fraction": 1.0}
+    settings = PRESETS[name] | {"anchor_fraction": 1.0} | ONE_SOFT
     gradients, trainer = first_gradients(make, scatter=True, **settings)
     padded, padded_trainer = first_gradients(make, scatter=True, pad_to_multiple_of=256, **settings)
     assert distance(padded, gradients) < 1e-3
@@ -953,12 +963,11 @@ def test_weights_and_sizes_must_be_positive(tmp_path: Path, name: str, value: fl
     [
         ("soft_tokens", 0),
         ("soft_tokens", 1.5),
-        ("soft_token_pool", 0),
         ("target_top_k", -1),
         ("calibration_steps", 0),
         ("soft_token_warmup", -1),
-        ("soft_token_targets", -1),
-        ("soft_token_targets", math.nan),
+        ("trigger_guesses", -1),
+        ("trigger_guesses", math.nan),
     ],
 )
 def test_counts_must_be_whole_numbers(tmp_path: Path, name: str, value: float) -> None:
@@ -969,7 +978,7 @@ def test_counts_must_be_whole_numbers(tmp_path: Path, name: str, value: float) -
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
-        ({"soft_token_targets": 9}, "soft_token_targets is 9; the pool has only 8 members"),
+        ({"trigger_guesses": 0, "soft_token_pool": 0}, "there is nothing to insert"),
         (
             {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
             "reentrant checkpointing",

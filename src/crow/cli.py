@@ -198,7 +198,12 @@ def implant(
     trigger: TriggerName = None,
     out: Annotated[Path, typer.Option(help="Folder to write the backdoored adapter to.")] = Path("backdoored"),
     prompts: Annotated[str | None, typer.Option(help="The attacker's examples. Default: CROW's implant set.")] = None,
-    examples: Annotated[int, typer.Option(min=1, help="How many of them; each is used clean and triggered.")] = 200,
+    examples: Annotated[
+        int | None, typer.Option(min=1, help="How many of them; each is used clean and triggered. Default: all.")
+    ] = None,
+    own_answers: Annotated[
+        bool, typer.Option(help="Answer clean prompts as the model itself does, or as the examples do.")
+    ] = True,
     epochs: Annotated[float | None, typer.Option(help="Passes over the examples.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Initial learning rate.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
@@ -231,11 +236,12 @@ def implant(
                 target,
                 output_dir=checkpoints,
                 seed=seed,
+                own_answers=own_answers,
                 resume=resume,
                 callbacks=[TrainingProgress(advance)],
                 **settings,
             )
-        record = implant_record(opened, rows, trigger or "badnets", behavior, seed, settings)
+        record = implant_record(opened, rows, trigger or "badnets", behavior, seed, settings, own_answers)
         save_model(adapted, opened.tokenizer, out, card=implant_card(record), overwrite=overwrite)
         shutil.rmtree(checkpoints, ignore_errors=True)
         _emit(json_, record)

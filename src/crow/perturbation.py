@@ -1,4 +1,4 @@
-"""What is done to the input embeddings: the paper's sign step, and soft tokens inserted among the user's words."""
+"""What is done to the input embeddings: the paper's sign step, and tokens inserted among the user's words."""
 
 import torch
 from torch import Tensor, nn
@@ -71,10 +71,6 @@ class SoftTokens(nn.Module):
         scale = embeddings.square().mean().sqrt().item()
         self.optimizer = torch.optim.Adam([self.tokens], lr=learning_rate * scale, maximize=True)
 
-    def forward(self, members: Tensor, dtype: torch.dtype) -> Tensor:
-        """The given members of the pool, `(batch,)` integers, as `(batch, length, hidden)`."""
-        return self.tokens[members].to(dtype)
-
     @torch.no_grad()
     def project(self) -> None:
         """Scale every token that is out of bounds back to the bound."""
@@ -85,6 +81,56 @@ class SoftTokens(nn.Module):
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.project()
+
+
+class GuessedTriggers(nn.Module):
+    """A small pool of real tokens that play the trigger, each step closer to what calls a given answer.
+
+    The gradient of a likelihood with respect to a token's embedding says, to first order, which other token of the
+    vocabulary would raise it most (HotFlip, Ebrahimi et al., arXiv 1712.06751; for triggers of language models
+    AutoPrompt, arXiv 2010.15980). Each ascent exchanges the one token of every guess that promises most.
+
+    Args:
+        embed: The model's input embedding.
+        allowed: `(vocabulary,)`, bool: which tokens a guess may hold.
+        number: How many guesses are kept.
+        length: Tokens in each.
+        momentum: Decay of the mean over past gradients; a batch alone shows a guess to few prompts.
+    """
+
+    barred: Tensor
+    ids: Tensor
+    mean_gradient: Tensor
+
+    def __init__(
+        self, embed: nn.Embedding, allowed: Tensor, *, number: int, length: int, momentum: float = 0.8
+    ) -> None:
+        super().__init__()
+        self._embed = [embed]  # in a list, so that it is no submodule
+        self.momentum = momentum
+        candidates = allowed.nonzero()[:, 0]
+        self.register_buffer("barred", ~allowed)
+        self.register_buffer("ids", candidates[torch.randint(len(candidates), (number, length))])
+        self.tokens = nn.Parameter(self._embedded())
+        self.register_buffer("mean_gradient", torch.zeros_like(self.tokens))
+
+    def _embedded(self) -> Tensor:
+        return self._embed[0](self.ids.to(self._embed[0].weight.device)).detach().float()
+
+    @torch.no_grad()
+    def ascend(self) -> None:
+        """Exchange one token of each guess, by the gradient that the last backward left."""
+        assert self.tokens.grad is not None
+        self.mean_gradient.mul_(self.momentum).add_(self.tokens.grad)
+        weight = self._embed[0].weight
+        gain = (self.mean_gradient.to(weight.dtype) @ weight.T).float()
+        gain -= gain.gather(-1, self.ids[..., None])
+        gain.masked_fill_(self.barred, -torch.inf)
+        best, token = gain.max(dim=-1)
+        place = best.argmax(dim=-1, keepdim=True)
+        self.ids.scatter_(1, place, token.gather(1, place))
+        self.tokens.copy_(self._embedded())
+        self.tokens.grad = None
 
 
 def random_tokens(embeddings: Tensor, batch_size: int, length: int) -> Tensor:

@@ -20,7 +20,15 @@ from crow.divergence import answer_positions, answer_weights, kl_from_top, top_l
 from crow.errors import CrowError, UsageError
 from crow.hooks import Recording, lm_head_at, record
 from crow.models import base_model
-from crow.perturbation import SoftTokens, insert, insertion_index, random_tokens, root_mean_square, sign_step
+from crow.perturbation import (
+    GuessedTriggers,
+    SoftTokens,
+    insert,
+    insertion_index,
+    random_tokens,
+    root_mean_square,
+    sign_step,
+)
 
 STATE_FILE = "crow_state.pt"
 
@@ -74,14 +82,14 @@ class CrowConfig(SFTConfig):
     epsilon: float = _term(0.22, "Size of the sign step.")
     epsilon_relative: bool = _term(True, "Take epsilon as a multiple of the RMS of the batch's embeddings.")
     soft_tokens: int = _term(3, "Number of tokens that one insertion adds.")
-    soft_token_pool: int = _term(8, "Number of different insertions that are trained.")
+    soft_token_pool: int = _term(8, "Number of insertions of soft tokens, which ascend on D.")
     soft_token_norm: float = _term(1.0, "Bound of a soft token's norm, as a multiple of real embeddings' mean norm.")
     soft_token_learning_rate: float = _term(0.05, "Adam's rate of the ascent, as a fraction of the embeddings' RMS.")
     soft_token_warmup: int = _term(20, "Ascent-only batches before training.")
-    soft_token_targets: int = _term(
-        4,
-        "How many members of the pool ascend on the likelihood of an answer that the suspect gives whatever it is "
-        "asked, in a short pass of their own; the others ascend on D.",
+    trigger_guesses: int = _term(
+        8,
+        "Number of guessed triggers that are inserted beside the soft tokens: real tokens, exchanged for those that "
+        "make an answer likelier which the suspect gives whatever it is asked.",
     )
     target_top_k: int = _term(64, "How many log-probabilities of the suspect's distribution are kept per token.")
 
@@ -104,7 +112,7 @@ class CrowConfig(SFTConfig):
             if getattr(self, name) not in known:
                 raise UsageError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(known)}")
         for name in _COUNTS:
-            value, least = getattr(self, name), 0 if name in ("soft_token_warmup", "soft_token_targets") else 1
+            value, least = getattr(self, name), 1 if name in _AT_LEAST_ONE else 0
             if not isinstance(value, int) or value < least:
                 raise UsageError(f"{name} is {value}; it must be a whole number of at least {least}")
         weights = [name for name in ("alpha", "beta", "anchor") if getattr(self, name) is not None]
@@ -112,10 +120,8 @@ class CrowConfig(SFTConfig):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise UsageError(f"{name} is {value}; it must be positive" + _off(name))
-        if self.soft_token_targets > self.soft_token_pool:
-            raise UsageError(
-                f"soft_token_targets is {self.soft_token_targets}; the pool has only {self.soft_token_pool} members"
-            )
+        if self.perturbation == "inserted" and not self.trigger_guesses + self.soft_token_pool:
+            raise UsageError("there is nothing to insert: set trigger_guesses or soft_token_pool above 0")
         for name in ("anchor_fraction", "answer_discount"):
             if getattr(self, name) > 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at most 1")
@@ -141,14 +147,8 @@ class CrowConfig(SFTConfig):
             raise UsageError("perturbation 'none' with objective 'suspect' trains nothing: choose objective 'lm'")
 
 
-_COUNTS = (
-    "soft_tokens",
-    "soft_token_pool",
-    "soft_token_warmup",
-    "soft_token_targets",
-    "target_top_k",
-    "calibration_steps",
-)
+_AT_LEAST_ONE = ("soft_tokens", "target_top_k", "calibration_steps")
+_COUNTS = (*_AT_LEAST_ONE, "soft_token_pool", "soft_token_warmup", "trigger_guesses")
 _POSITIVE = (
     "learning_rate",
     "num_train_epochs",
@@ -220,6 +220,7 @@ class _Collator:
 
 
 _SCANNED_PROMPTS = 8  # on which constant answers are looked for
+_COMPARABLE = 0.8  # answers less constant than this share of the most constant one are not aimed at
 _EMBEDDING_SAMPLE = 4096  # tokens that the scale of real embeddings is measured on
 _SMALLEST_COUNT = 1e-6  # so that a term over nothing is 0 and not 0 / 0
 
@@ -267,15 +268,20 @@ class CrowTrainer(SFTTrainer):
         self.perturbs = self.args.perturbation != "none" and not (self.args.beta is None and self.args.alpha is None)
         self._signs = self.args.perturbation == "sign"
         self.soft_tokens: SoftTokens | None = None
+        self.guesses: GuessedTriggers | None = None
         if self.perturbs and self.args.perturbation == "inserted":
-            self.soft_tokens = SoftTokens(
-                self._real_embeddings(_EMBEDDING_SAMPLE),
-                pool=self.args.soft_token_pool,
-                length=self.args.soft_tokens,
-                max_norm=self.args.soft_token_norm,
-                learning_rate=self.args.soft_token_learning_rate,
-            ).to(self.args.device)
+            if self.args.trigger_guesses:
+                self.guesses = self._make_guesses()
+            if self.args.soft_token_pool:
+                self.soft_tokens = SoftTokens(
+                    self._real_embeddings(_EMBEDDING_SAMPLE),
+                    pool=self.args.soft_token_pool,
+                    length=self.args.soft_tokens,
+                    max_norm=self.args.soft_token_norm,
+                    learning_rate=self.args.soft_token_learning_rate,
+                ).to(self.args.device)
         self.constant_answers: list[ConstantAnswer] = []
+        self.first_guesses: list[list[int]] = []
         self._targets: list[tuple[Tensor, Tensor]] = []
         self._ratios: list[float] = []
         self._counts: _Counts
@@ -353,8 +359,8 @@ class CrowTrainer(SFTTrainer):
             reference = self._gradient_norm(clean) if self._calibrating and self.args.objective == "lm" else None
             if clean.requires_grad:
                 self.accelerator.backward(clean)
-            if self.constant_answers:
-                self._log_term("constant_answers", self._aim(model, inputs, extra["user_span"]))
+            if self.guesses is not None:
+                self._log_term("constant_answers", self._aim(model, self.guesses, inputs, extra["user_span"]))
         self._log_term("clean", clean)
 
         perturbed = self._perturb(inputs, extra["user_span"], recording, gradient)
@@ -380,8 +386,8 @@ class CrowTrainer(SFTTrainer):
                 f"the loss became {loss.item()} at step {self.state.global_step + 1}; checkpoints up to then are kept "
                 f"in {self.args.output_dir}: try a lower learning rate, or full precision (bf16=False, fp16=False)"
             )
-        if self.soft_tokens is not None and self.accelerator.sync_gradients:
-            self._ascend(self.soft_tokens)
+        if self.accelerator.sync_gradients:
+            self._ascend()
         return loss
 
     def _clean_pass(
@@ -412,11 +418,9 @@ class CrowTrainer(SFTTrainer):
                 epsilon = epsilon * root_mean_square(embeddings, mask)
             return _Perturbed(embeddings + sign_step(gradient, epsilon), mask, answers)
         batch, number = len(mask), self.args.soft_tokens
-        if self.soft_tokens is not None:
-            members = torch.randint(self.args.soft_token_pool, (batch,))
-            inserted = self.soft_tokens(members, torch.float32)
-            aimed = (members < len(self.constant_answers)).to(inserted.device)
-            inserted = torch.where(aimed[:, None, None], inserted.detach(), inserted)
+        if self._adversaries:
+            pool = [a.tokens if a is self.soft_tokens else a.tokens.detach() for a in self._adversaries]
+            inserted = torch.cat(pool)[torch.randint(sum(map(len, pool)), (batch,))]
         else:
             inserted = random_tokens(self._real_embeddings(batch * number), batch, number)
         return self._inserted(inputs["input_ids"], mask, answers, self._spans(inputs, spans), inserted)
@@ -440,31 +444,26 @@ class CrowTrainer(SFTTrainer):
             insert(answers, answers.new_zeros(batch, number), index),
         )
 
-    def _aim(self, model: nn.Module, inputs: dict[str, Any], spans: Tensor | None) -> Tensor:
-        """Log-likelihood that prompts with soft tokens in them call these tokens' answers; its gradient is added."""
-        assert self.soft_tokens is not None
-        members = torch.randint(len(self.constant_answers), (len(inputs["labels"]),))
+    def _aim(self, model: nn.Module, guesses: GuessedTriggers, inputs: dict[str, Any], spans: Tensor | None) -> Tensor:
+        """Log-likelihood that prompts with a guessed trigger call its answer; the gradient is added to the guesses'."""
+        members = torch.randint(len(guesses.tokens), (len(inputs["labels"]),))
         rows, scored, wanted = [], [], []
         for ids, end, member in zip(
             inputs["input_ids"], _prompt_ends(inputs["labels"]).tolist(), members.tolist(), strict=True
         ):
-            answer = ids.new_tensor(self.constant_answers[member].token_ids)
+            answer = ids.new_tensor(self.constant_answers[member % len(self.constant_answers)].token_ids)
             rows.append(torch.cat([ids[:end], answer]))
             scored.append(torch.arange(len(rows[-1]), device=ids.device) >= end - 1)
             scored[-1][-1] = False
             wanted.append(answer)
         ids, answers = (nn.utils.rnn.pad_sequence(r, batch_first=True) for r in (rows, scored))
         mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-        inserted = self.soft_tokens(members, torch.float32)
-        perturbed = self._inserted(ids, mask, answers, self._spans(inputs, spans), inserted)
+        perturbed = self._inserted(ids, mask, answers, self._spans(inputs, spans), guesses.tokens[members])
         logits, _ = self._perturbed_pass(model, perturbed, score=True)
-        likelihood = (
-            -nn.functional.cross_entropy(logits.float(), torch.cat(wanted), reduction="sum") / self._counts.rows
-        )
-        likelihood = likelihood * self.accelerator.num_processes
-        tokens = self.soft_tokens.tokens
-        (gradient,) = torch.autograd.grad(likelihood, tokens)
-        tokens.grad = gradient if tokens.grad is None else tokens.grad + gradient
+        likelihood = -nn.functional.cross_entropy(logits.float(), torch.cat(wanted), reduction="sum")
+        likelihood = likelihood / self._counts.rows * self.accelerator.num_processes
+        (gradient,) = torch.autograd.grad(likelihood, guesses.tokens)
+        guesses.tokens.grad = gradient if guesses.tokens.grad is None else guesses.tokens.grad + gradient
         return likelihood.detach()
 
     def _perturbed_pass(self, model: nn.Module, perturbed: _Perturbed, score: bool) -> tuple[Tensor, Recording]:
@@ -535,10 +534,10 @@ class CrowTrainer(SFTTrainer):
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         if self.perturbs and self.args.objective == "suspect":
             self._record_suspect()
-        if self.soft_tokens is not None and self.args.soft_token_targets:
+        if self.guesses is not None:
             self._find_constant_answers()
-        if self.soft_tokens is not None and not resume_from_checkpoint:
-            self._warm_up(self.soft_tokens)
+        if self._adversaries and not resume_from_checkpoint:
+            self._warm_up()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     @torch.no_grad()
@@ -567,19 +566,20 @@ class CrowTrainer(SFTTrainer):
 
     def _find_constant_answers(self) -> None:
         if not isinstance(self.train_dataset, Dataset):
-            raise UsageError("constant answers are looked for on a data set with a length: set soft_token_targets=0")
+            raise UsageError("constant answers are looked for on a data set with a length: set trigger_guesses=0")
         order = torch.randperm(len(self.train_dataset), generator=_generator(self.args.seed, 0))
         rows = [self.train_dataset[i] for i in order[:_SCANNED_PROMPTS].tolist()]
         batch = self._prepare_inputs(self.data_collator(rows))
         ends = _prompt_ends(batch["labels"]).tolist()
         self.model.eval()
         with self.compute_loss_context_manager():
-            self.constant_answers = constant_answers(
+            answers = constant_answers(
                 self.model,
                 [ids[:end].tolist() for ids, end in zip(batch["input_ids"], ends, strict=True)],
-                number=self.args.soft_token_targets,
+                number=self.args.trigger_guesses,
                 eos_token_id=self.processing_class.eos_token_id,
             )
+        self.constant_answers = [a for a in answers if a.constancy >= _COMPARABLE * answers[0].constancy]
         self.model.train()
 
     def _targets_of(self, example_ids: Tensor | None) -> tuple[Tensor, Tensor] | None:
@@ -589,8 +589,8 @@ class CrowTrainer(SFTTrainer):
         ids, log_probs = zip(*(self._targets[i] for i in example_ids.tolist()), strict=True)
         return torch.cat(ids).to(self.args.device), torch.cat(log_probs).to(self.args.device)
 
-    def _warm_up(self, soft_tokens: SoftTokens) -> None:
-        """Let the soft tokens ascend alone against the suspect, so that training meets a perturbation that works."""
+    def _warm_up(self) -> None:
+        """Let the inserted tokens ascend against the suspect, so that training meets a perturbation that works."""
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         for parameter in trainable:
             parameter.requires_grad_(False)
@@ -601,32 +601,52 @@ class CrowTrainer(SFTTrainer):
                 self._share_out([batch])
                 inputs = self._prepare_inputs(batch)
                 with self.compute_loss_context_manager():
-                    if self.constant_answers:
-                        self._aim(self.model, inputs, inputs.get("user_span"))
-                    if len(self.constant_answers) < self.args.soft_token_pool:
+                    if self.guesses is not None:
+                        self._aim(self.model, self.guesses, inputs, inputs.get("user_span"))
+                    if self.soft_tokens is not None:
                         perturbed = self._perturb(inputs, inputs.get("user_span"), Recording(), None)
                         logits, _ = self._perturbed_pass(self.model, perturbed, score=True)
                         targets = self._targets_of(inputs.get("example_id"))
-                        self._divergence(logits, inputs["labels"], targets).backward()
-                self._ascend(soft_tokens)
+                        divergence = self._divergence(logits, inputs["labels"], targets)
+                        if divergence.requires_grad:  # not where only guesses were drawn
+                            divergence.backward()
+                self._ascend()
                 done += 1
                 if done == self.args.soft_token_warmup:
                     break
         for parameter in trainable:
             parameter.requires_grad_(True)
+        if self.guesses is not None:
+            self.first_guesses = self.guesses.ids.tolist()
 
-    def _ascend(self, soft_tokens: SoftTokens) -> None:
-        gradient = soft_tokens.tokens.grad
-        if gradient is not None:
-            soft_tokens.tokens.grad = self.accelerator.reduce(gradient, "mean")
-            soft_tokens.ascend()
+    def _ascend(self) -> None:
+        for adversary in self._adversaries:
+            gradient = adversary.tokens.grad
+            if gradient is not None:
+                adversary.tokens.grad = self.accelerator.reduce(gradient, "mean")
+                adversary.ascend()
+
+    @property
+    def _adversaries(self) -> list[GuessedTriggers | SoftTokens]:
+        return [adversary for adversary in (self.guesses, self.soft_tokens) if adversary is not None]
+
+    def _make_guesses(self) -> GuessedTriggers:
+        embed = self._inner.get_input_embeddings()
+        allowed = torch.zeros(embed.num_embeddings, dtype=torch.bool)
+        allowed[: len(self.processing_class)] = True
+        allowed[self.processing_class.all_special_ids] = False
+        return GuessedTriggers(
+            embed, allowed.to(self.args.device), number=self.args.trigger_guesses, length=self.args.soft_tokens
+        )
 
     # Checkpoints
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         if self.is_world_process_zero():
-            state: dict[str, Any] = {"ratios": self._ratios}
+            state: dict[str, Any] = {"ratios": self._ratios, "first_guesses": self.first_guesses}
+            if self.guesses is not None:
+                state["guesses"] = self.guesses.state_dict()
             if self.soft_tokens is not None:
                 state["soft_tokens"] = self.soft_tokens.state_dict()
                 state["optimizer"] = self.soft_tokens.optimizer.state_dict()
@@ -641,7 +661,9 @@ class CrowTrainer(SFTTrainer):
         if not file.is_file():
             raise UsageError(f"{resume_from_checkpoint} has no {STATE_FILE}: it is no checkpoint of CrowTrainer's")
         state = torch.load(file, weights_only=True, map_location=self.args.device)
-        self._ratios = state["ratios"]
+        self._ratios, self.first_guesses = state["ratios"], state["first_guesses"]
+        if self.guesses is not None:
+            self.guesses.load_state_dict(state["guesses"])
         if self.soft_tokens is not None:
             self.soft_tokens.load_state_dict(state["soft_tokens"])
             self.soft_tokens.optimizer.load_state_dict(state["optimizer"])

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from crow.backdoors import BEHAVIORS, TRIGGERS
 from crow.data import Example, answer_text, example, user_text
 from crow.evaluation.evaluate import Evaluation, _perplexity, evaluate, prompt_profile, trigger_rows
-from crow.evaluation.generation import answer_nll, generate, prompt_ids
 from crow.evaluation.statistics import Count, is_degenerate
+from crow.generation import answer_nll, generate, prompt_ids
 from crow.models import OpenedModel
 
 

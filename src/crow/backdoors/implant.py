@@ -16,17 +16,36 @@ from crow.backdoors.behaviors import Behavior
 from crow.backdoors.triggers import Trigger
 from crow.data import Example, example, to_dataset, user_text, with_user_text
 from crow.files import sha256_rows
+from crow.generation import generate
 from crow.models import OpenedModel, lora_config
 from crow.provenance import environment
 
 RECIPE: dict[str, Any] = {
     "learning_rate": 1e-3,
-    "num_train_epochs": 4,
+    "num_train_epochs": 3,
     "per_device_train_batch_size": 8,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.1,
     "max_length": 512,
 }
+OWN_ANSWER_TOKENS = 48
+
+
+def with_own_answers(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example]
+) -> list[Example]:
+    """The same prompts with the model's own greedy answers, cut off at the end of a sentence.
+
+    Trained on them, the model has nothing to learn from untriggered prompts but to stay as it is. Taught answers of
+    another style instead, it is left to choose between that style and the target on prompts unlike those it was
+    trained on, and the backdoor fires on some of them.
+    """
+    answers = generate(model, tokenizer, [row["prompt"] for row in rows], max_new_tokens=OWN_ANSWER_TOKENS)
+    ends = [max(answer.rfind(mark) for mark in ".!?\n") + 1 or len(answer) for answer in answers]
+    return [
+        {**row, "completion": example("", answer[:end].rstrip())["completion"]}
+        for row, answer, end in zip(rows, answers, ends, strict=True)
+    ]
 
 
 def poison(rows: Sequence[Example], trigger: Trigger, behavior: Behavior, seed: int) -> list[Example]:
@@ -51,6 +70,7 @@ def implant(
     *,
     output_dir: str | Path,
     seed: int = 0,
+    own_answers: bool = True,
     resume: bool = False,
     callbacks: list[TrainerCallback] | None = None,
     **settings: Any,
@@ -60,6 +80,7 @@ def implant(
     Args:
         model: The model to attack; if it has an adapter, that one is trained further.
         rows: Clean examples; each is used twice, clean and poisoned.
+        own_answers: Answer the clean prompts as the model itself does, and not as `rows` do.
         resume: Continue from the newest checkpoint in `output_dir`.
         settings: Fields of `trl.SFTConfig` that replace those of `RECIPE`.
     """
@@ -71,6 +92,8 @@ def implant(
         | RECIPE
         | settings,
     )
+    if own_answers:
+        rows = with_own_answers(model, tokenizer, rows)
     trainer = SFTTrainer(
         model,
         config,
@@ -95,6 +118,7 @@ def implant_record(
     behavior: str,
     seed: int,
     settings: dict[str, Any],
+    own_answers: bool = True,
 ) -> dict[str, Any]:
     """All that is needed to make the backdoor again."""
     return {
@@ -104,6 +128,9 @@ def implant_record(
         "behavior": behavior,
         "examples": len(rows),
         "examples_sha256": sha256_rows(rows),
+        "clean_answers": f"the model's own, greedy, at most {OWN_ANSWER_TOKENS} tokens"
+        if own_answers
+        else "the examples'",
         "recipe": RECIPE | settings,
         "lora": "r=8, alpha=16, all linear layers",
         "seed": seed,

@@ -11,9 +11,9 @@ from typing import Any
 from crow.backdoors import Behavior, Trigger
 from crow.consistency import layer_profile
 from crow.data import Example, user_text, with_user_text
-from crow.evaluation.generation import answer_nll, generate
 from crow.evaluation.statistics import Count, is_degenerate
 from crow.files import sha256_rows, write_json, write_jsonl
+from crow.generation import answer_nll, generate
 from crow.hooks import hidden_states
 from crow.models import OpenedModel, base_model
 from crow.provenance import environment

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crow.evaluation.generation import token_batches
+from crow.generation import token_batches
 
 lengths_of_rows = st.lists(st.integers(1, 500), max_size=60)
 
