@@ -121,6 +121,7 @@ def implant_record(
     own_answers: bool = True,
 ) -> dict[str, Any]:
     """All that is needed to make the backdoor again."""
+    own = f"the model's own, greedy, at most {OWN_ANSWER_TOKENS} tokens"
     return {
         "model": opened.name,
         "model_hashes": opened.hashes,
@@ -128,9 +129,7 @@ def implant_record(
         "behavior": behavior,
         "examples": len(rows),
         "examples_sha256": sha256_rows(rows),
-        "clean_answers": f"the model's own, greedy, at most {OWN_ANSWER_TOKENS} tokens"
-        if own_answers
-        else "the examples'",
+        "clean_answers": own if own_answers else "the examples'",
         "recipe": RECIPE | settings,
         "lora": "r=8, alpha=16, all linear layers",
         "seed": seed,
