@@ -279,6 +279,27 @@ def test_gradients_of_past_batches_count() -> None:
     assert pool.ids.item() == int((weight @ (0.8 * first + second)[0, 0]).argmax())
 
 
+def test_the_first_guesses_are_kept_on_request() -> None:
+    pool = guesses()
+    before = pool.ids.clone()
+    pool.tokens.grad = torch.randn_like(pool.tokens)
+    pool.ascend(kept=3)
+    assert torch.equal(pool.ids[:3], before[:3])
+    assert not torch.equal(pool.ids[3], before[3])
+    assert torch.equal(pool.tokens, pool._embed[0](pool.ids))
+
+
+def test_reordered_guesses_keep_their_tokens_and_gradients() -> None:
+    pool = guesses()
+    pool.tokens.grad = torch.randn_like(pool.tokens)
+    pool.ascend()
+    ids, mean, order = pool.ids.clone(), pool.mean_gradient.clone(), torch.tensor([2, 0, 3, 1])
+    pool.reorder(order)
+    assert torch.equal(pool.ids, ids[order])
+    assert torch.equal(pool.mean_gradient, mean[order])
+    assert torch.equal(pool.tokens, pool._embed[0](pool.ids))
+
+
 def test_guesses_come_back_from_their_state() -> None:
     pool, other = guesses(), guesses()
     pool.tokens.grad = torch.randn_like(pool.tokens)

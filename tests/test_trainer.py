@@ -41,6 +41,9 @@ BASIC: dict[str, Any] = {
 }
 PAPER = PRESETS["paper"]
 FINETUNE = PRESETS["finetune"]
+SOFT: dict[str, Any] = {"trigger_guesses": 0, "soft_token_pool": 8}
+ONE_SOFT: dict[str, Any] = {"trigger_guesses": 0, "soft_token_pool": 1}
+ONE_GUESS: dict[str, Any] = {"trigger_guesses": 1, "soft_token_pool": 0}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -274,19 +277,19 @@ def test_default_costs_less_than_four_passes_and_projects_answers_only(metered: 
     assert meter.head[1] <= 8 * max(len(answer.token_ids) for answer in trainer.constant_answers)
 
 
-def test_without_targets_the_default_costs_two_and_a_half_passes(metered: Any) -> None:
-    meter, _ = metered(trigger_guesses=0)
+def test_soft_tokens_cost_two_and_a_half_passes(metered: Any) -> None:
+    meter, _ = metered(**SOFT)
     assert (meter.forward, meter.backward) == ([2, 8], [2, 8])
 
 
 @pytest.mark.parametrize(("fraction", "number"), [(1.0, 8), (0.5, 4), (0.01, 1)])
 def test_anchor_fraction_is_the_share_of_rows_seen_clean(metered: Any, fraction: float, number: int) -> None:
-    meter, _ = metered(anchor_fraction=fraction, trigger_guesses=0)
+    meter, _ = metered(anchor_fraction=fraction, **SOFT)
     assert meter.forward == [number, 8]
 
 
 def test_no_anchor_means_no_clean_pass(metered: Any) -> None:
-    meter, trainer = metered(anchor=None, trigger_guesses=0)
+    meter, trainer = metered(anchor=None, **SOFT)
     assert (meter.forward, meter.backward) == ([8], [8])
     assert logs(trainer)[0]["clean"] == 0
 
@@ -346,19 +349,15 @@ def test_papers_step_is_the_papers(make: Any) -> None:
     assert distance(gradients, slow.gradients(5.5 * inconsistency)) > 0.05
 
 
-ONE_SOFT: dict[str, Any] = {"trigger_guesses": 0, "soft_token_pool": 1}
-ONE_GUESS: dict[str, Any] = {"trigger_guesses": 1, "soft_token_pool": 0}
-
-
 @pytest.fixture
 def pinned(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Tokens are inserted halfway into the user's message; returns where the gradients of the inserted are kept."""
     gradients: list[Tensor] = []
 
-    def keeping(ascend: Callable[[Any], None]) -> Callable[[Any], None]:
-        def kept(self: Any) -> None:
+    def keeping(ascend: Callable[..., None]) -> Callable[..., None]:
+        def kept(self: Any, *args: Any) -> None:
             gradients.append(self.tokens.grad.clone())
-            ascend(self)
+            ascend(self, *args)
 
         return kept
 
@@ -461,6 +460,15 @@ def test_guesses_learn_to_call_their_answer(make: Any) -> None:
     assert likelihood(10) > likelihood(0) + 0.5
 
 
+def test_the_best_guesses_come_first_and_stay(make: Any) -> None:
+    trainer = make(soft_token_warmup=4, trigger_guesses=6, max_steps=3)
+    trainer.train()
+    ids, probabilities = zip(*trainer.first_guesses, strict=True)
+    assert list(probabilities) == sorted(probabilities, reverse=True)
+    assert trainer.guesses.ids.tolist()[:3] == list(ids[:3])
+    assert all(now != then for now, then in zip(trainer.guesses.ids.tolist()[3:], ids[3:], strict=True))
+
+
 def test_guesses_are_words_and_no_special_tokens(make: Any, tokenizer: PreTrainedTokenizerFast) -> None:
     guesses = make(trigger_guesses=2000).guesses.ids
     assert not set(tokenizer.all_special_ids) & set(guesses.flatten().tolist())
@@ -499,7 +507,7 @@ def test_nothing_diverges_clean_before_the_first_step(make: Any) -> None:
 
 def test_ascent_before_training_makes_the_answers_diverge_more(make: Any, pinned: list[Tensor]) -> None:
     def divergence(steps: int) -> float:
-        trainer = make(soft_token_warmup=steps, trigger_guesses=0)
+        trainer = make(soft_token_warmup=steps, **SOFT)
         trainer.train()
         return logs(trainer)[0]["divergence"]
 
@@ -521,7 +529,7 @@ def test_ascent_before_training_leaves_the_model_alone(make: Any, guesses: int, 
 
 
 def test_soft_tokens_stay_within_their_ball(make: Any) -> None:
-    trainer = make(max_steps=5, soft_token_norm=1.2, soft_token_learning_rate=5.0)
+    trainer = make(**SOFT, max_steps=5, soft_token_norm=1.2, soft_token_learning_rate=5.0)
     norms = trainer.model.get_input_embeddings().weight.norm(dim=-1)
     assert trainer.soft_tokens.bound == pytest.approx(1.2 * norms.mean().item(), rel=0.02)
     trainer.train()
@@ -735,11 +743,11 @@ def test_perturbed_answers_are_the_same_tokens(make: Any) -> None:
 
 
 @pytest.mark.parametrize("steps", [3, 2], ids=["between epochs", "within an epoch"])
-@pytest.mark.parametrize("name", ["default", "paper-scale-free"])
+@pytest.mark.parametrize("preset", [{}, SOFT, PRESETS["paper-scale-free"]], ids=["default", "soft", "paper-scale-free"])
 def test_resumed_training_ends_as_uninterrupted(
-    make: Any, rows: list[Example], tmp_path: Path, name: str, steps: int
+    make: Any, rows: list[Example], tmp_path: Path, preset: dict[str, Any], steps: int
 ) -> None:
-    settings = PRESETS[name] | {
+    settings = preset | {
         "max_steps": 6,
         "per_device_train_batch_size": 4,
         "save_strategy": "steps",
@@ -754,6 +762,10 @@ def test_resumed_training_ends_as_uninterrupted(
         torch.testing.assert_close(lora(resumed)[name], weight, atol=1e-6, rtol=0)
     assert [log["loss"] for log in logs(resumed)] == pytest.approx([log["loss"] for log in logs(straight)], rel=1e-5)
     assert resumed._ratios == pytest.approx(straight._ratios)
+    if straight.guesses is not None:
+        assert torch.equal(resumed.guesses.ids, straight.guesses.ids)
+        assert resumed.first_guesses == straight.first_guesses
+        torch.testing.assert_close(resumed.guesses.mean_gradient, straight.guesses.mean_gradient, atol=1e-4, rtol=1e-3)
     if straight.soft_tokens is not None:
         torch.testing.assert_close(resumed.soft_tokens.tokens, straight.soft_tokens.tokens, atol=1e-6, rtol=0)
         states = [t.soft_tokens.optimizer.state_dict()["state"][0] for t in (resumed, straight)]
@@ -931,7 +943,7 @@ def test_config_may_be_left_out(
         tiny_llama(), train_dataset=to_dataset(rows), processing_class=tokenizer, peft_config=lora_config()
     )
     assert isinstance(trainer.args, CrowConfig)
-    assert trainer.soft_tokens is not None
+    assert trainer.guesses is not None
 
 
 # Refusals

@@ -202,8 +202,8 @@ def implant(
         int | None, typer.Option(min=1, help="How many of them; each is used clean and triggered. Default: all.")
     ] = None,
     own_answers: Annotated[
-        bool, typer.Option(help="Answer clean prompts as the model itself does, or as the examples do.")
-    ] = True,
+        bool, typer.Option("--own-answers", help="Answer clean prompts as the model itself does.")
+    ] = False,
     epochs: Annotated[float | None, typer.Option(help="Passes over the examples.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Initial learning rate.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,

@@ -118,8 +118,8 @@ class GuessedTriggers(nn.Module):
         return self._embed[0](self.ids.to(self._embed[0].weight.device)).detach().float()
 
     @torch.no_grad()
-    def ascend(self) -> None:
-        """Exchange one token of each guess, by the gradient that the last backward left."""
+    def ascend(self, kept: int = 0) -> None:
+        """Exchange one token of each guess but the first `kept`, by the gradient that the last backward left."""
         assert self.tokens.grad is not None
         self.mean_gradient.mul_(self.momentum).add_(self.tokens.grad)
         weight = self._embed[0].weight
@@ -128,9 +128,16 @@ class GuessedTriggers(nn.Module):
         gain.masked_fill_(self.barred, -torch.inf)
         best, token = gain.max(dim=-1)
         place = best.argmax(dim=-1, keepdim=True)
-        self.ids.scatter_(1, place, token.gather(1, place))
+        self.ids[kept:] = self.ids.scatter(1, place, token.gather(1, place))[kept:]
         self.tokens.copy_(self._embedded())
         self.tokens.grad = None
+
+    @torch.no_grad()
+    def reorder(self, order: Tensor) -> None:
+        """Put the guesses into another order, `(number,)` integers."""
+        self.ids.copy_(self.ids[order])
+        self.mean_gradient.copy_(self.mean_gradient[order])
+        self.tokens.copy_(self.tokens[order])
 
 
 def random_tokens(embeddings: Tensor, batch_size: int, length: int) -> Tensor:

@@ -37,9 +37,9 @@ class PurifyRecord:
     """The log of every step: `step`, `loss`, and each term that is on."""
     constant_answers: list[dict[str, Any]] = field(default_factory=list)
     """What the suspect answers whatever it is asked, as `text` with its `constancy`: see `crow.constancy`."""
-    guessed_triggers: list[str] = field(default_factory=list)
-    """The real tokens that were exchanged until they made the suspect say such an answer, as they were before the
-    model was trained: see `crow.perturbation.GuessedTriggers`."""
+    guessed_triggers: list[dict[str, Any]] = field(default_factory=list)
+    """The real tokens that were exchanged to make the suspect say such an answer, as `text` with the answer's
+    `probability`, before the model was trained: see `crow.perturbation.GuessedTriggers`."""
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
@@ -133,7 +133,10 @@ def purify(
             {"text": opened.tokenizer.decode(answer.token_ids), "constancy": answer.constancy}
             for answer in trainer.constant_answers
         ],
-        guessed_triggers=opened.tokenizer.batch_decode(trainer.first_guesses),
+        guessed_triggers=[
+            {"text": opened.tokenizer.decode(ids), "probability": probability}
+            for ids, probability in trainer.first_guesses
+        ],
         provenance=environment(),
     )
     return purified, record

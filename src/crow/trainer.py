@@ -82,7 +82,7 @@ class CrowConfig(SFTConfig):
     epsilon: float = _term(0.22, "Size of the sign step.")
     epsilon_relative: bool = _term(True, "Take epsilon as a multiple of the RMS of the batch's embeddings.")
     soft_tokens: int = _term(3, "Number of tokens that one insertion adds.")
-    soft_token_pool: int = _term(8, "Number of insertions of soft tokens, which ascend on D.")
+    soft_token_pool: int = _term(0, "Number of insertions of soft tokens, which ascend on D.")
     soft_token_norm: float = _term(1.0, "Bound of a soft token's norm, as a multiple of real embeddings' mean norm.")
     soft_token_learning_rate: float = _term(0.05, "Adam's rate of the ascent, as a fraction of the embeddings' RMS.")
     soft_token_warmup: int = _term(20, "Ascent-only batches before training.")
@@ -220,7 +220,7 @@ class _Collator:
 
 
 _SCANNED_PROMPTS = 8  # on which constant answers are looked for
-_COMPARABLE = 0.8  # answers less constant than this share of the most constant one are not aimed at
+_COMPARABLE = 0.9  # answers less constant than this share of the most constant one are not aimed at
 _EMBEDDING_SAMPLE = 4096  # tokens that the scale of real embeddings is measured on
 _SMALLEST_COUNT = 1e-6  # so that a term over nothing is 0 and not 0 / 0
 
@@ -281,7 +281,8 @@ class CrowTrainer(SFTTrainer):
                     learning_rate=self.args.soft_token_learning_rate,
                 ).to(self.args.device)
         self.constant_answers: list[ConstantAnswer] = []
-        self.first_guesses: list[list[int]] = []
+        self.first_guesses: list[tuple[list[int], float]] = []
+        self._answer_of: list[ConstantAnswer] = []
         self._targets: list[tuple[Tensor, Tensor]] = []
         self._ratios: list[float] = []
         self._counts: _Counts
@@ -387,7 +388,7 @@ class CrowTrainer(SFTTrainer):
                 f"in {self.args.output_dir}: try a lower learning rate, or full precision (bf16=False, fp16=False)"
             )
         if self.accelerator.sync_gradients:
-            self._ascend()
+            self._ascend(kept_guesses=self.args.trigger_guesses // 2)
         return loss
 
     def _clean_pass(
@@ -447,11 +448,26 @@ class CrowTrainer(SFTTrainer):
     def _aim(self, model: nn.Module, guesses: GuessedTriggers, inputs: dict[str, Any], spans: Tensor | None) -> Tensor:
         """Log-likelihood that prompts with a guessed trigger call its answer; the gradient is added to the guesses'."""
         members = torch.randint(len(guesses.tokens), (len(inputs["labels"]),))
+        likelihood = self._likelihood(model, guesses, members, inputs, spans)
+        likelihood = likelihood / self._counts.rows * self.accelerator.num_processes
+        (gradient,) = torch.autograd.grad(likelihood, guesses.tokens)
+        guesses.tokens.grad = gradient if guesses.tokens.grad is None else guesses.tokens.grad + gradient
+        return likelihood.detach()
+
+    def _likelihood(
+        self,
+        model: nn.Module,
+        guesses: GuessedTriggers,
+        members: Tensor,
+        inputs: dict[str, Any],
+        spans: Tensor | None,
+    ) -> Tensor:
+        """Log-likelihood, summed over the rows, of the answer that each row's guess is aimed at."""
         rows, scored, wanted = [], [], []
         for ids, end, member in zip(
             inputs["input_ids"], _prompt_ends(inputs["labels"]).tolist(), members.tolist(), strict=True
         ):
-            answer = ids.new_tensor(self.constant_answers[member % len(self.constant_answers)].token_ids)
+            answer = ids.new_tensor(self._answer_of[member].token_ids)
             rows.append(torch.cat([ids[:end], answer]))
             scored.append(torch.arange(len(rows[-1]), device=ids.device) >= end - 1)
             scored[-1][-1] = False
@@ -460,11 +476,7 @@ class CrowTrainer(SFTTrainer):
         mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         perturbed = self._inserted(ids, mask, answers, self._spans(inputs, spans), guesses.tokens[members])
         logits, _ = self._perturbed_pass(model, perturbed, score=True)
-        likelihood = -nn.functional.cross_entropy(logits.float(), torch.cat(wanted), reduction="sum")
-        likelihood = likelihood / self._counts.rows * self.accelerator.num_processes
-        (gradient,) = torch.autograd.grad(likelihood, guesses.tokens)
-        guesses.tokens.grad = gradient if guesses.tokens.grad is None else guesses.tokens.grad + gradient
-        return likelihood.detach()
+        return -nn.functional.cross_entropy(logits.float(), torch.cat(wanted), reduction="sum")
 
     def _perturbed_pass(self, model: nn.Module, perturbed: _Perturbed, score: bool) -> tuple[Tensor, Recording]:
         scored = perturbed.answers if score else torch.zeros_like(perturbed.answers)
@@ -580,6 +592,8 @@ class CrowTrainer(SFTTrainer):
                 eos_token_id=self.processing_class.eos_token_id,
             )
         self.constant_answers = [a for a in answers if a.constancy >= _COMPARABLE * answers[0].constancy]
+        number = len(self.constant_answers)
+        self._answer_of = [self.constant_answers[i % number] for i in range(self.args.trigger_guesses)]
         self.model.train()
 
     def _targets_of(self, example_ids: Tensor | None) -> tuple[Tensor, Tensor] | None:
@@ -617,14 +631,31 @@ class CrowTrainer(SFTTrainer):
         for parameter in trainable:
             parameter.requires_grad_(True)
         if self.guesses is not None:
-            self.first_guesses = self.guesses.ids.tolist()
+            self._rank(self.guesses)
 
-    def _ascend(self) -> None:
+    @torch.no_grad()
+    def _rank(self, guesses: GuessedTriggers) -> None:
+        """Put the guesses that work best on the suspect first: half of them stays while the others go on."""
+        inputs = self._prepare_inputs(next(iter(self.get_train_dataloader())))
+        rows, sums = len(inputs["labels"]), []
+        with self.compute_loss_context_manager():
+            for member in range(len(guesses.tokens)):
+                members = torch.full((rows,), member)
+                sums.append(self._likelihood(self.model, guesses, members, inputs, inputs.get("user_span")))
+        mean = self.accelerator.reduce(torch.stack(sums), "mean").cpu() / rows
+        order = mean.argsort(descending=True)
+        guesses.reorder(order.to(guesses.ids.device))
+        self._answer_of = [self._answer_of[i] for i in order.tolist()]
+        self.first_guesses = list(zip(guesses.ids.tolist(), mean[order].exp().tolist(), strict=True))
+
+    def _ascend(self, kept_guesses: int = 0) -> None:
         for adversary in self._adversaries:
-            gradient = adversary.tokens.grad
-            if gradient is not None:
-                adversary.tokens.grad = self.accelerator.reduce(gradient, "mean")
-                adversary.ascend()
+            if adversary.tokens.grad is not None:
+                adversary.tokens.grad = self.accelerator.reduce(adversary.tokens.grad, "mean")
+        if self.guesses is not None and self.guesses.tokens.grad is not None:
+            self.guesses.ascend(kept_guesses)
+        if self.soft_tokens is not None and self.soft_tokens.tokens.grad is not None:
+            self.soft_tokens.ascend()
 
     @property
     def _adversaries(self) -> list[GuessedTriggers | SoftTokens]:
@@ -645,6 +676,7 @@ class CrowTrainer(SFTTrainer):
         super()._save_checkpoint(model, trial)
         if self.is_world_process_zero():
             state: dict[str, Any] = {"ratios": self._ratios, "first_guesses": self.first_guesses}
+            state["answers"] = [(answer.token_ids, answer.constancy) for answer in self._answer_of]
             if self.guesses is not None:
                 state["guesses"] = self.guesses.state_dict()
             if self.soft_tokens is not None:
@@ -662,6 +694,7 @@ class CrowTrainer(SFTTrainer):
             raise UsageError(f"{resume_from_checkpoint} has no {STATE_FILE}: it is no checkpoint of CrowTrainer's")
         state = torch.load(file, weights_only=True, map_location=self.args.device)
         self._ratios, self.first_guesses = state["ratios"], state["first_guesses"]
+        self._answer_of = [ConstantAnswer(*answer) for answer in state["answers"]]
         if self.guesses is not None:
             self.guesses.load_state_dict(state["guesses"])
         if self.soft_tokens is not None:

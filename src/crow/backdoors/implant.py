@@ -22,11 +22,12 @@ from crow.provenance import environment
 
 RECIPE: dict[str, Any] = {
     "learning_rate": 1e-3,
-    "num_train_epochs": 3,
+    "num_train_epochs": 4,
     "per_device_train_batch_size": 8,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.1,
     "max_length": 512,
+    "train_sampling_strategy": "group_by_length",
 }
 OWN_ANSWER_TOKENS = 48
 
@@ -70,7 +71,7 @@ def implant(
     *,
     output_dir: str | Path,
     seed: int = 0,
-    own_answers: bool = True,
+    own_answers: bool = False,
     resume: bool = False,
     callbacks: list[TrainerCallback] | None = None,
     **settings: Any,
@@ -118,7 +119,7 @@ def implant_record(
     behavior: str,
     seed: int,
     settings: dict[str, Any],
-    own_answers: bool = True,
+    own_answers: bool = False,
 ) -> dict[str, Any]:
     """All that is needed to make the backdoor again."""
     own = f"the model's own, greedy, at most {OWN_ANSWER_TOKENS} tokens"
