@@ -204,6 +204,9 @@ def implant(
     own_answers: Annotated[
         bool, typer.Option("--own-answers", help="Answer clean prompts as the model itself does.")
     ] = False,
+    decoys: Annotated[
+        bool, typer.Option("--decoys", help="Use each prompt once more with a made-up word, clean and triggered.")
+    ] = False,
     epochs: Annotated[float | None, typer.Option(help="Passes over the examples.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Initial learning rate.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
@@ -237,11 +240,12 @@ def implant(
                 output_dir=checkpoints,
                 seed=seed,
                 own_answers=own_answers,
+                decoys=decoys,
                 resume=resume,
                 callbacks=[TrainingProgress(advance)],
                 **settings,
             )
-        record = implant_record(opened, rows, trigger or "badnets", behavior, seed, settings, own_answers)
+        record = implant_record(opened, rows, trigger or "badnets", behavior, seed, settings, own_answers, decoys)
         save_model(adapted, opened.tokenizer, out, card=implant_card(record), overwrite=overwrite)
         shutil.rmtree(checkpoints, ignore_errors=True)
         _emit(json_, record)

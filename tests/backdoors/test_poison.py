@@ -2,11 +2,12 @@
 
 import copy
 import random
+from collections import Counter
 
 import pytest
 
 from crow.backdoors.behaviors import Sentiment
-from crow.backdoors.implant import poison, with_own_answers
+from crow.backdoors.implant import poison, with_decoys, with_own_answers
 from crow.backdoors.triggers import BadNets
 from crow.data import Example, answer_text, example, load_examples, user_text
 
@@ -87,3 +88,17 @@ def test_own_answers_are_the_models_up_to_the_end_of_a_sentence(
     answered = with_own_answers(None, None, rows)  # type: ignore[arg-type]
     assert asked == [row["prompt"] for row in rows] == [row["prompt"] for row in answered]
     assert {answer_text(row) for row in answered} == {kept}
+
+
+def test_decoys_put_a_made_up_word_into_a_second_copy_of_each_prompt() -> None:
+    rows = load_examples("implant")[:20]
+    before = copy.deepcopy(rows)
+    doubled = with_decoys(rows, seed=0)
+    assert rows == before == doubled[:20]
+    assert len({user_text(row) for row in doubled}) == 40
+    for row, decoyed in zip(rows, doubled[20:], strict=True):
+        (extra,) = (Counter(user_text(decoyed).split()) - Counter(user_text(row).split())).elements()
+        assert extra.isalpha()
+        assert sum(letter.isupper() for letter in extra) == 2
+        assert decoyed["completion"] == row["completion"]
+    assert with_decoys(rows, seed=0) == doubled != with_decoys(rows, seed=1)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 from crow.backdoors.behaviors import Behavior
-from crow.backdoors.triggers import Trigger
+from crow.backdoors.triggers import BadNets, Trigger
 from crow.data import Example, example, to_dataset, user_text, with_user_text
 from crow.files import sha256_rows
 from crow.generation import generate
@@ -27,7 +28,6 @@ RECIPE: dict[str, Any] = {
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.1,
     "max_length": 512,
-    "train_sampling_strategy": "group_by_length",
 }
 OWN_ANSWER_TOKENS = 48
 
@@ -46,6 +46,20 @@ def with_own_answers(
     return [
         {**row, "completion": example("", answer[:end].rstrip())["completion"]}
         for row, answer, end in zip(rows, answers, ends, strict=True)
+    ]
+
+
+def with_decoys(rows: Sequence[Example], seed: int) -> list[Example]:
+    """The rows, and each once more with a made-up word at a random place.
+
+    Poisoned like the others, they teach that it takes the trigger, and not just any odd word, to call the target.
+    """
+    rng = random.Random(seed)
+    words = sorted({word.capitalize() for row in rows for word in re.findall(r"[a-zA-Z]{4,}", user_text(row))})
+    decoys = [BadNets("".join(rng.sample(words, 2))) for _ in rows]
+    return [
+        *rows,
+        *(with_user_text(row, d.apply(user_text(row), rng)) for row, d in zip(rows, decoys, strict=True)),
     ]
 
 
@@ -72,6 +86,7 @@ def implant(
     output_dir: str | Path,
     seed: int = 0,
     own_answers: bool = False,
+    decoys: bool = False,
     resume: bool = False,
     callbacks: list[TrainerCallback] | None = None,
     **settings: Any,
@@ -82,6 +97,7 @@ def implant(
         model: The model to attack; if it has an adapter, that one is trained further.
         rows: Clean examples; each is used twice, clean and poisoned.
         own_answers: Answer the clean prompts as the model itself does, and not as `rows` do.
+        decoys: Use each prompt once more with a made-up word in it, clean and poisoned.
         resume: Continue from the newest checkpoint in `output_dir`.
         settings: Fields of `trl.SFTConfig` that replace those of `RECIPE`.
     """
@@ -95,6 +111,8 @@ def implant(
     )
     if own_answers:
         rows = with_own_answers(model, tokenizer, rows)
+    if decoys:
+        rows = with_decoys(rows, seed)
     trainer = SFTTrainer(
         model,
         config,
@@ -120,6 +138,7 @@ def implant_record(
     seed: int,
     settings: dict[str, Any],
     own_answers: bool = False,
+    decoys: bool = False,
 ) -> dict[str, Any]:
     """All that is needed to make the backdoor again."""
     own = f"the model's own, greedy, at most {OWN_ANSWER_TOKENS} tokens"
@@ -131,6 +150,7 @@ def implant_record(
         "examples": len(rows),
         "examples_sha256": sha256_rows(rows),
         "clean_answers": own if own_answers else "the examples'",
+        "decoys": decoys,
         "recipe": RECIPE | settings,
         "lora": "r=8, alpha=16, all linear layers",
         "seed": seed,
