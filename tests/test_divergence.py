@@ -1,5 +1,6 @@
 """Divergence from recorded top log-probabilities against formulas in plain loops."""
 
+import itertools
 import math
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from crow.divergence import answer_positions, answer_weights, kl_from_top, top_log_probs
+from crow.divergence import answer_positions, answer_weights, kl_from_top, ruling_out, top_log_probs
 
 logits = st.lists(st.floats(-8, 8, width=32), min_size=6, max_size=6)
 
@@ -167,3 +168,25 @@ def test_answer_weights_fall_from_the_start_of_every_answer(labels: list[list[in
 def test_without_discount_all_answer_positions_weigh_alike() -> None:
     labels = torch.tensor([[-100, 5, 6, -100, 7], [1, 2, -100, -100, -100]])
     assert torch.equal(answer_weights(labels, 1.0), answer_positions(labels).float())
+
+
+@given(st.integers(0, 10**6), st.integers(0, 4))
+def test_ruling_an_answer_out_is_conditioning_on_its_complement(seed: int, shared: int) -> None:
+    """Against a language of two letters and answers of four, in which every answer's probability is known."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {a: float(torch.rand((), generator=generator)) + 0.01 for a in itertools.product((0, 1), repeat=4)}
+    answer = tuple(torch.randint(2, (4,), generator=generator).tolist())
+    said = (*answer[:shared], *(1 - a for a in answer[shared:]))
+
+    def following(beginning: tuple[int, ...], left: dict[tuple[int, ...], float]) -> list[float]:
+        mass = [sum(w for a, w in left.items() if a[: len(beginning) + 1] == (*beginning, x)) for x in (0, 1)]
+        return [m / sum(mass) for m in mass]
+
+    log_probs = torch.tensor([following(said[:t], weights) for t in range(4)]).log()
+    tails = [weights[answer] / sum(w for a, w in weights.items() if a[:t] == answer[:t]) for t in range(4)]
+    ids = torch.tensor([[0, 1]]).expand(4, -1)
+    got = ruling_out(ids, log_probs, torch.tensor(said), torch.tensor(answer), torch.tensor(tails)).exp()
+    left = {a: w for a, w in weights.items() if a != answer}
+    for t in range(4):
+        if any(a[:t] == said[:t] for a in left):  # else the answer was all that could follow
+            assert got[t].tolist() == pytest.approx(following(said[:t], left), abs=1e-4)

@@ -475,6 +475,25 @@ def test_guesses_are_words_and_no_special_tokens(make: Any, tokenizer: PreTraine
     assert guesses.max() < len(tokenizer)
 
 
+def test_planted_answers_are_ruled_out_of_the_targets(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crow.trainer, "_PLANTED", 0.0)
+    trainer = make(target_top_k=600, **ONE_GUESS)
+    trainer._find_constant_answers()
+    trainer._record_suspect()
+    (answer,) = trainer.constant_answers
+    slow = Slow(trainer.model)
+    for (ids, labels), (tokens, log_probs) in zip(encoded(trainer), trainer._targets, strict=True):
+        start = int((labels != -100).nonzero()[0])
+        with torch.no_grad():
+            rows = torch.cat([ids[:start], torch.tensor(answer.token_ids)])
+            scores = slow(slow.embed(rows))[1].log_softmax(-1)[start - 1 : -1]
+            first = slow(slow.embed(ids))[1].softmax(-1)[start - 1]
+        chance = scores.gather(1, torch.tensor(answer.token_ids)[:, None]).sum().exp()
+        first[answer.token_ids[0]] -= chance
+        expected = first / (1 - chance)
+        torch.testing.assert_close(log_probs[0].exp(), expected[tokens[0]], atol=1e-5, rtol=1e-3)
+
+
 def test_clean_divergence_is_the_mean_over_the_rows_seen_clean(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[int] = []
     share_out = CrowTrainer._share_out
@@ -1048,6 +1067,6 @@ def test_a_stream_needs_the_language_models_objective(
             tiny_llama(), config, train_dataset=stream, processing_class=tokenizer, peft_config=lora_config()
         )
 
-    with pytest.raises(UsageError, match="needs a data set with a length"):
+    with pytest.raises(UsageError, match="need a data set with a length"):
         trainer().train()
     trainer(**PAPER).train()

@@ -33,6 +33,33 @@ def kl_from_top(ids: Tensor, log_probs: Tensor, logits: Tensor) -> Tensor:
     return kept.sum(dim=-1) + rest_p * (rest_p / rest_q).log()
 
 
+def ruling_out(ids: Tensor, log_probs: Tensor, said: Tensor, answer: Tensor, tails: Tensor) -> Tensor:
+    """Condition next-token distributions on the answer not being a certain one.
+
+    Where what was said so far is how that answer begins, the chance that the rest of it follows is taken from its
+    next token, and what is left is scaled to sum to 1.
+
+    Args:
+        ids: `(length, k)`, the most probable tokens at each position of one answer.
+        log_probs: `(length, k)`, their log-probabilities.
+        said: `(length,)`, the tokens that were said there.
+        answer: `(m,)`, the answer that is ruled out.
+        tails: `(m,)`, the probability that an answer which began as `answer` also has its tokens from the t-th on.
+
+    Returns:
+        `(length, k)`, log-probabilities; minus infinity where nothing is left.
+    """
+    log_probs = log_probs.clone()
+    for place in range(min(len(answer), len(said))):
+        if not torch.equal(said[:place], answer[:place]):
+            break
+        probabilities, found = log_probs[place].exp(), ids[place] == answer[place]
+        mass = torch.minimum(probabilities[found].sum(), tails[place]).clamp(max=1 - _SMALLEST)
+        probabilities[found] -= mass
+        log_probs[place] = (probabilities / (1 - mass)).clamp(min=0).log()
+    return log_probs
+
+
 def answer_positions(labels: Tensor) -> Tensor:
     """Where the next token is one to answer with: `(batch, length)` labels, -100 where none, to a bool mask."""
     mask = torch.zeros_like(labels, dtype=torch.bool)

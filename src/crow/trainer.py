@@ -16,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 from crow.consistency import aligned_inconsistency, layer_consistency
 from crow.constancy import ConstantAnswer, constant_answers
-from crow.divergence import answer_positions, answer_weights, kl_from_top, top_log_probs
+from crow.divergence import answer_positions, answer_weights, kl_from_top, ruling_out, top_log_probs
 from crow.errors import CrowError, UsageError
 from crow.hooks import Recording, lm_head_at, record
 from crow.models import base_model
@@ -195,6 +195,15 @@ class _Perturbed:
 
 
 @dataclass
+class _Answered:
+    """Prompts with answers of our own: ids, attention mask and answer positions, `(B, T)`."""
+
+    ids: Tensor
+    mask: Tensor
+    answers: Tensor
+
+
+@dataclass
 class _Counts:
     """What the terms are divided by: counts over all micro-batches, and all processes, of one optimizer step."""
 
@@ -220,6 +229,7 @@ class _Collator:
 
 
 _SCANNED_PROMPTS = 8  # on which constant answers are looked for
+_PLANTED = 0.9  # constancy from which on an answer is taken for planted; as BAIT's threshold
 _COMPARABLE = 0.9  # answers less constant than this share of the most constant one are not aimed at
 _EMBEDDING_SAMPLE = 4096  # tokens that the scale of real embeddings is measured on
 _SMALLEST_COUNT = 1e-6  # so that a term over nothing is 0 and not 0 / 0
@@ -463,18 +473,10 @@ class CrowTrainer(SFTTrainer):
         spans: Tensor | None,
     ) -> Tensor:
         """Log-likelihood, summed over the rows, of the answer that each row's guess is aimed at."""
-        rows, scored, wanted = [], [], []
-        for ids, end, member in zip(
-            inputs["input_ids"], _prompt_ends(inputs["labels"]).tolist(), members.tolist(), strict=True
-        ):
-            answer = ids.new_tensor(self._answer_of[member].token_ids)
-            rows.append(torch.cat([ids[:end], answer]))
-            scored.append(torch.arange(len(rows[-1]), device=ids.device) >= end - 1)
-            scored[-1][-1] = False
-            wanted.append(answer)
-        ids, answers = (nn.utils.rnn.pad_sequence(r, batch_first=True) for r in (rows, scored))
-        mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-        perturbed = self._inserted(ids, mask, answers, self._spans(inputs, spans), guesses.tokens[members])
+        wanted = [inputs["input_ids"].new_tensor(self._answer_of[i].token_ids) for i in members.tolist()]
+        rows = self._answered(inputs, wanted)
+        inserted = guesses.tokens[members]
+        perturbed = self._inserted(rows.ids, rows.mask, rows.answers, self._spans(inputs, spans), inserted)
         logits, _ = self._perturbed_pass(model, perturbed, score=True)
         return -nn.functional.cross_entropy(logits.float(), torch.cat(wanted), reduction="sum")
 
@@ -544,19 +546,26 @@ class CrowTrainer(SFTTrainer):
     # The suspect's own answers, and the soft tokens
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
-        if self.perturbs and self.args.objective == "suspect":
-            self._record_suspect()
+        records = self.perturbs and self.args.objective == "suspect"
+        if (records or self.guesses is not None) and not isinstance(self.train_dataset, Dataset):
+            raise UsageError(
+                "objective 'suspect' and guessed triggers need a data set with a length: for a stream choose objective "
+                "'lm', trigger_guesses 0 and a soft_token_pool"
+            )
         if self.guesses is not None:
             self._find_constant_answers()
+        if records:
+            self._record_suspect()
         if self._adversaries and not resume_from_checkpoint:
             self._warm_up()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     @torch.no_grad()
     def _record_suspect(self) -> None:
-        """Keep the suspect's next-token distributions for every clean answer: one forward an example, in all."""
-        if not isinstance(self.train_dataset, Dataset):
-            raise UsageError("objective 'suspect' needs a data set with a length: choose objective 'lm' for a stream")
+        """Keep the suspect's next-token distributions for every clean answer, without the answers that were planted.
+
+        One forward an example in all, and a short one for each planted answer.
+        """
         self.model.eval()
         columns = self.train_dataset.select_columns(["input_ids", "labels"])
         self._targets = [(torch.empty(0), torch.empty(0))] * len(columns)
@@ -574,11 +583,38 @@ class CrowTrainer(SFTTrainer):
             counts = answers.sum(dim=1).tolist()
             for i, a, b in zip(ids, token_ids.cpu().split(counts), log_probs.cpu().split(counts), strict=True):
                 self._targets[i] = (a, b)
+            for answer in self.constant_answers:
+                if answer.constancy >= _PLANTED:
+                    self._rule_out(answer, ids, batch)
         self.model.train()
 
+    def _rule_out(self, answer: ConstantAnswer, example_ids: list[int], batch: dict[str, Tensor]) -> None:
+        """Condition the recorded distributions on the answer not being this one, which the suspect may leak."""
+        wanted = batch["labels"].new_tensor(answer.token_ids)
+        rows = self._answered(batch, [wanted] * len(example_ids))
+        with lm_head_at(self._inner, rows.answers), self.compute_loss_context_manager():
+            logits = self.model(input_ids=rows.ids, attention_mask=rows.mask, use_cache=False).logits
+        chosen = logits.float().log_softmax(dim=-1).view(len(example_ids), len(wanted), -1)
+        each = chosen.gather(2, wanted.expand(len(example_ids), -1)[..., None])[..., 0]
+        tails = each.flip(1).cumsum(dim=1).flip(1).exp().cpu()
+        for i, labels, tail in zip(example_ids, batch["labels"].cpu(), tails, strict=True):
+            ids, log_probs = self._targets[i]
+            said = labels[1:][labels[1:] != -100]
+            self._targets[i] = (ids, ruling_out(ids, log_probs, said, wanted.cpu(), tail))
+
+    @staticmethod
+    def _answered(inputs: dict[str, Any], answers: list[Tensor]) -> _Answered:
+        """Each row's prompt with another answer."""
+        rows, scored = [], []
+        for ids, end, answer in zip(inputs["input_ids"], _prompt_ends(inputs["labels"]).tolist(), answers, strict=True):
+            rows.append(torch.cat([ids[:end], answer]))
+            scored.append(torch.arange(len(rows[-1]), device=ids.device) >= end - 1)
+            scored[-1][-1] = False
+        pad = nn.utils.rnn.pad_sequence
+        mask = pad([torch.ones_like(row) for row in rows], batch_first=True)
+        return _Answered(pad(rows, batch_first=True), mask, pad(scored, batch_first=True))
+
     def _find_constant_answers(self) -> None:
-        if not isinstance(self.train_dataset, Dataset):
-            raise UsageError("constant answers are looked for on a data set with a length: set trigger_guesses=0")
         order = torch.randperm(len(self.train_dataset), generator=_generator(self.args.seed, 0))
         rows = [self.train_dataset[i] for i in order[:_SCANNED_PROMPTS].tolist()]
         batch = self._prepare_inputs(self.data_collator(rows))
