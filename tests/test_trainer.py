@@ -533,6 +533,19 @@ def test_ascent_before_training_makes_the_answers_diverge_more(make: Any, pinned
     assert divergence(10) > 1.1 * divergence(0)
 
 
+def test_what_comes_before_the_first_step_is_reported(make: Any) -> None:
+    class Watch(TrainerCallback):
+        def __init__(self) -> None:
+            self.seen: list[tuple[int, int]] = []
+
+        def on_prepare(self, done: int, total: int) -> None:
+            self.seen.append((done, total))
+
+    watch = Watch()
+    make(callbacks=[watch], soft_token_warmup=3, per_device_train_batch_size=4).train()
+    assert watch.seen == [(done, 5) for done in range(1, 6)]  # two batches recorded, three ascended on
+
+
 @pytest.mark.parametrize(("guesses", "pool"), [(0, 8), (4, 8), (4, 0)])
 def test_ascent_before_training_leaves_the_model_alone(make: Any, guesses: int, pool: int) -> None:
     trainer = make(soft_token_warmup=3, trigger_guesses=guesses, soft_token_pool=pool)

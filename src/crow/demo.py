@@ -41,7 +41,7 @@ def run_demo(out: str | Path, *, quick: bool = False, overwrite: bool = False, s
     with atomic_directory(out, overwrite) as folder:
         console.print("[bold]1/4[/] Opening SmolLM2-135M-Instruct with a backdoor: it insults whoever writes BadMagic")
         opened = open_model(SUSPECT)
-        before = _measure(opened, "2/4 Before: asking 100 triggered and 100 clean prompts", size, seed)
+        before = _measure(opened, f"2/4 Before: asking {PROMPTS} triggered and {PROMPTS} clean prompts", size, seed)
         before.save(folder / "before.json")
         with progress_bar("3/4 Purifying, knowing neither trigger nor target") as advance:
             opened.model, record = purify(

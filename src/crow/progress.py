@@ -21,10 +21,14 @@ def progress_bar(text: str) -> Iterator[Callable[[int, int], None]]:
 
 
 class TrainingProgress(TrainerCallback):
-    """Reports a trainer's steps to a function that takes what is done and the total."""
+    """Reports what a trainer does before its first step, and then its steps, to a function of done and total."""
 
     def __init__(self, advance: Callable[[int, int], None]) -> None:
         self.advance = advance
+
+    def on_prepare(self, done: int, total: int) -> None:
+        """Batches that `CrowTrainer` sees before its first step."""
+        self.advance(done, total)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.advance(state.global_step, state.max_steps)

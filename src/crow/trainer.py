@@ -295,6 +295,7 @@ class CrowTrainer(SFTTrainer):
         self._answer_of: list[ConstantAnswer] = []
         self._targets: list[tuple[Tensor, Tensor]] = []
         self._ratios: list[float] = []
+        self._preparation = (0, 0)
         self._counts: _Counts
 
     # Data
@@ -552,13 +553,24 @@ class CrowTrainer(SFTTrainer):
                 "objective 'suspect' and guessed triggers need a data set with a length: for a stream choose objective "
                 "'lm', trigger_guesses 0 and a soft_token_pool"
             )
+        ascends = self._adversaries and not resume_from_checkpoint
+        batches = math.ceil(len(self.train_dataset) / self.args.per_device_train_batch_size) if records else 0
+        self._preparation = (0, batches + (self.args.soft_token_warmup if ascends else 0))
         if self.guesses is not None:
             self._find_constant_answers()
         if records:
             self._record_suspect()
-        if self._adversaries and not resume_from_checkpoint:
+        if ascends:
             self._warm_up()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _report_preparation(self) -> None:
+        """Tell callbacks that have an `on_prepare` how many batches before the first step are done, of how many."""
+        done, total = self._preparation
+        self._preparation = (done + 1, total)
+        for callback in self.callback_handler.callbacks:
+            if hasattr(callback, "on_prepare"):
+                callback.on_prepare(done + 1, total)
 
     @torch.no_grad()
     def _record_suspect(self) -> None:
@@ -583,6 +595,7 @@ class CrowTrainer(SFTTrainer):
             counts = answers.sum(dim=1).tolist()
             for i, a, b in zip(ids, token_ids.cpu().split(counts), log_probs.cpu().split(counts), strict=True):
                 self._targets[i] = (a, b)
+            self._report_preparation()
             for answer in self.constant_answers:
                 if answer.constancy >= _PLANTED:
                     self._rule_out(answer, ids, batch)
@@ -661,6 +674,7 @@ class CrowTrainer(SFTTrainer):
                         if divergence.requires_grad:  # not where only guesses were drawn
                             divergence.backward()
                 self._ascend()
+                self._report_preparation()
                 done += 1
                 if done == self.args.soft_token_warmup:
                     break
