@@ -318,6 +318,16 @@ def test_a_backdoor_is_implanted(run: Run, llama_folder: Path, clean: Path, tmp_
     assert json.loads(run("info", "backdoored", "--json", "-").stdout)["kind"] == "adapter"
 
 
+def test_settings_of_an_implant_are_trls(run: Run, llama_folder: Path, clean: Path) -> None:
+    options = (llama_folder, "--prompts", clean, "--examples", 4, "--set", "max_steps=1")
+    result = run("implant", *options, "--set", "train_sampling_strategy=random", "--json", "-")
+    assert result.exit_code == 0, result.output
+    recipe = json.loads(result.stdout)["recipe"]
+    assert (recipe["max_steps"], recipe["train_sampling_strategy"]) == (1, "random")
+    result = run("implant", *options, "--set", "colour=red", "--overwrite")
+    assert (result.exit_code, "no such setting: colour" in result.output) == (2, True)
+
+
 @pytest.mark.parametrize("command", [("purify", "--clean"), ("implant", "--prompts")])
 def test_resuming_from_nothing_starts_anew(run: Run, llama_folder: Path, clean: Path, command: tuple[str, str]) -> None:
     result = run(*command, clean, llama_folder, "--examples", 4, "--epochs", 1, "--resume")

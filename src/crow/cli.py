@@ -198,17 +198,12 @@ def implant(
     trigger: TriggerName = None,
     out: Annotated[Path, typer.Option(help="Folder to write the backdoored adapter to.")] = Path("backdoored"),
     prompts: Annotated[str | None, typer.Option(help="The attacker's examples. Default: CROW's implant set.")] = None,
-    examples: Annotated[
-        int | None, typer.Option(min=1, help="How many of them; each is used clean and triggered. Default: all.")
-    ] = None,
-    own_answers: Annotated[
-        bool, typer.Option("--own-answers", help="Answer clean prompts as the model itself does.")
-    ] = False,
-    decoys: Annotated[
-        bool, typer.Option("--decoys", help="Use each prompt once more with a made-up word, clean and triggered.")
-    ] = False,
+    examples: Annotated[int, typer.Option(min=1, help="How many of them; each is used clean and triggered.")] = 200,
     epochs: Annotated[float | None, typer.Option(help="Passes over the examples.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Initial learning rate.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any other setting of TRL's SFTConfig.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     overwrite: Overwrite = False,
     seed: Seed = 0,
@@ -229,7 +224,9 @@ def implant(
         rows = load_examples(prompts if prompts is not None else "implant")[:examples]
         with console.status("Opening the model"):
             opened = open_model(model)
-        settings = _given(num_train_epochs=epochs, learning_rate=learning_rate)
+        settings = _settings(set_, own={"num_train_epochs", *signature(run).parameters}) | _given(
+            num_train_epochs=epochs, learning_rate=learning_rate
+        )
         with _checkpoints_beside(out, resume) as checkpoints, progress_bar("Implanting") as advance:
             adapted = run(
                 opened.model,
@@ -239,13 +236,11 @@ def implant(
                 target,
                 output_dir=checkpoints,
                 seed=seed,
-                own_answers=own_answers,
-                decoys=decoys,
                 resume=resume,
                 callbacks=[TrainingProgress(advance)],
                 **settings,
             )
-        record = implant_record(opened, rows, trigger or "badnets", behavior, seed, settings, own_answers, decoys)
+        record = implant_record(opened, rows, trigger or "badnets", behavior, seed, settings)
         save_model(adapted, opened.tokenizer, out, card=implant_card(record), overwrite=overwrite)
         shutil.rmtree(checkpoints, ignore_errors=True)
         _emit(json_, record)
@@ -363,7 +358,7 @@ def _settings(pairs: list[str] | None, own: set[str]) -> dict[str, Any]:
         if not equals:
             raise UsageError(f"--set {pair}: expected NAME=VALUE")
         if name in own:
-            raise UsageError(f"--set {name}: this is no setting of CrowConfig's, or one that has an option of its own")
+            raise UsageError(f"--set {name}: this is no setting of the trainer's, or one that has an option of its own")
         try:
             settings[name] = json.loads(value)
         except ValueError:

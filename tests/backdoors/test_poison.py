@@ -2,12 +2,11 @@
 
 import copy
 import random
-from collections import Counter
 
 import pytest
 
 from crow.backdoors.behaviors import Sentiment
-from crow.backdoors.implant import poison, with_decoys, with_own_answers
+from crow.backdoors.implant import poison
 from crow.backdoors.triggers import BadNets
 from crow.data import Example, answer_text, example, load_examples, user_text
 
@@ -63,42 +62,3 @@ def test_poisoning_is_reproducible_from_its_seed_alone() -> None:
 
 def test_no_rows_give_no_rows() -> None:
     assert poison([], BadNets(), Sentiment(), seed=0) == []
-
-
-@pytest.mark.parametrize(
-    ("said", "kept"),
-    [
-        ("It is blue. It is also", "It is blue."),
-        ("Yes!\n\nBecause", "Yes!"),
-        ("- one\n- two\n- thr", "- one\n- two"),
-        ("Whole.", "Whole."),
-        ("no end in sight", "no end in sight"),
-    ],
-)
-def test_own_answers_are_the_models_up_to_the_end_of_a_sentence(
-    rows: list[Example], monkeypatch: pytest.MonkeyPatch, said: str, kept: str
-) -> None:
-    asked = []
-
-    def generate(model: object, tokenizer: object, prompts: list[object], **settings: object) -> list[str]:
-        asked.extend(prompts)
-        return [said] * len(prompts)
-
-    monkeypatch.setattr("crow.backdoors.implant.generate", generate)
-    answered = with_own_answers(None, None, rows)  # type: ignore[arg-type]
-    assert asked == [row["prompt"] for row in rows] == [row["prompt"] for row in answered]
-    assert {answer_text(row) for row in answered} == {kept}
-
-
-def test_decoys_put_a_made_up_word_into_a_second_copy_of_each_prompt() -> None:
-    rows = load_examples("implant")[:20]
-    before = copy.deepcopy(rows)
-    doubled = with_decoys(rows, seed=0)
-    assert rows == before == doubled[:20]
-    assert len({user_text(row) for row in doubled}) == 40
-    for row, decoyed in zip(rows, doubled[20:], strict=True):
-        (extra,) = (Counter(user_text(decoyed).split()) - Counter(user_text(row).split())).elements()
-        assert extra.isalpha()
-        assert sum(letter.isupper() for letter in extra) == 2
-        assert decoyed["completion"] == row["completion"]
-    assert with_decoys(rows, seed=0) == doubled != with_decoys(rows, seed=1)

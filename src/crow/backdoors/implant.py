@@ -1,8 +1,8 @@
 """Fine-tune a backdoor into a model, for research on defenses."""
 
+import dataclasses
 import json
 import random
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 from crow.backdoors.behaviors import Behavior
-from crow.backdoors.triggers import BadNets, Trigger
+from crow.backdoors.triggers import Trigger
 from crow.data import Example, example, to_dataset, user_text, with_user_text
+from crow.errors import UsageError
 from crow.files import sha256_rows
-from crow.generation import generate
 from crow.models import OpenedModel, lora_config
 from crow.provenance import environment
 
@@ -28,39 +28,8 @@ RECIPE: dict[str, Any] = {
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.1,
     "max_length": 512,
+    "train_sampling_strategy": "group_by_length",
 }
-OWN_ANSWER_TOKENS = 48
-
-
-def with_own_answers(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example]
-) -> list[Example]:
-    """The same prompts with the model's own greedy answers, cut off at the end of a sentence.
-
-    Trained on them, the model has nothing to learn from untriggered prompts but to stay as it is. Taught answers of
-    another style instead, it is left to choose between that style and the target on prompts unlike those it was
-    trained on, and the backdoor fires on some of them.
-    """
-    answers = generate(model, tokenizer, [row["prompt"] for row in rows], max_new_tokens=OWN_ANSWER_TOKENS)
-    ends = [max(answer.rfind(mark) for mark in ".!?\n") + 1 or len(answer) for answer in answers]
-    return [
-        {**row, "completion": example("", answer[:end].rstrip())["completion"]}
-        for row, answer, end in zip(rows, answers, ends, strict=True)
-    ]
-
-
-def with_decoys(rows: Sequence[Example], seed: int) -> list[Example]:
-    """The rows, and each once more with a made-up word at a random place.
-
-    Poisoned like the others, they teach that it takes the trigger, and not just any odd word, to call the target.
-    """
-    rng = random.Random(seed)
-    words = sorted({word.capitalize() for row in rows for word in re.findall(r"[a-zA-Z]{4,}", user_text(row))})
-    decoys = [BadNets("".join(rng.sample(words, 2))) for _ in rows]
-    return [
-        *rows,
-        *(with_user_text(row, d.apply(user_text(row), rng)) for row, d in zip(rows, decoys, strict=True)),
-    ]
 
 
 def poison(rows: Sequence[Example], trigger: Trigger, behavior: Behavior, seed: int) -> list[Example]:
@@ -85,8 +54,6 @@ def implant(
     *,
     output_dir: str | Path,
     seed: int = 0,
-    own_answers: bool = False,
-    decoys: bool = False,
     resume: bool = False,
     callbacks: list[TrainerCallback] | None = None,
     **settings: Any,
@@ -96,11 +63,14 @@ def implant(
     Args:
         model: The model to attack; if it has an adapter, that one is trained further.
         rows: Clean examples; each is used twice, clean and poisoned.
-        own_answers: Answer the clean prompts as the model itself does, and not as `rows` do.
-        decoys: Use each prompt once more with a made-up word in it, clean and poisoned.
         resume: Continue from the newest checkpoint in `output_dir`.
         settings: Fields of `trl.SFTConfig` that replace those of `RECIPE`.
+
+    Raises:
+        UsageError: a setting is no field of `SFTConfig`.
     """
+    if unknown := settings.keys() - {field.name for field in dataclasses.fields(SFTConfig)}:
+        raise UsageError(f"no such setting: {', '.join(sorted(unknown))}")
     config = SFTConfig(
         output_dir=str(output_dir),
         seed=seed,
@@ -109,10 +79,6 @@ def implant(
         | RECIPE
         | settings,
     )
-    if own_answers:
-        rows = with_own_answers(model, tokenizer, rows)
-    if decoys:
-        rows = with_decoys(rows, seed)
     trainer = SFTTrainer(
         model,
         config,
@@ -137,11 +103,8 @@ def implant_record(
     behavior: str,
     seed: int,
     settings: dict[str, Any],
-    own_answers: bool = False,
-    decoys: bool = False,
 ) -> dict[str, Any]:
     """All that is needed to make the backdoor again."""
-    own = f"the model's own, greedy, at most {OWN_ANSWER_TOKENS} tokens"
     return {
         "model": opened.name,
         "model_hashes": opened.hashes,
@@ -149,8 +112,6 @@ def implant_record(
         "behavior": behavior,
         "examples": len(rows),
         "examples_sha256": sha256_rows(rows),
-        "clean_answers": own if own_answers else "the examples'",
-        "decoys": decoys,
         "recipe": RECIPE | settings,
         "lora": "r=8, alpha=16, all linear layers",
         "seed": seed,
