@@ -94,7 +94,7 @@ class CrowConfig(SFTConfig):
     target_top_k: int = _term(64, "How many log-probabilities of the suspect's distribution are kept per token.")
 
     # Defaults that differ from SFTConfig's
-    learning_rate: float = _term(3e-3, "Initial learning rate of AdamW, for LoRA.")
+    learning_rate: float = _term(2e-3, "Initial learning rate of AdamW, for LoRA.")
     lr_scheduler_type: str = _term("cosine", "Learning-rate schedule.")
     warmup_steps: float = _term(0.1, "Steps, or share of them if below 1, of linear warm-up.")
     per_device_train_batch_size: int = _term(8, "Batch size per device.")
