@@ -52,7 +52,7 @@ class CrowConfig(SFTConfig):
 
     perturbation: Literal["inserted", "random", "sign", "none"] = _term(
         "inserted",
-        "`inserted`: universal soft tokens, trained to push the answer away; `random`: random tokens' embeddings; "
+        "`inserted`: guessed triggers and soft tokens, trained to throw the model off; `random`: random tokens; "
         "`sign`: the paper's signed gradient step on every embedding; `none`.",
     )
     objective: Literal["suspect", "lm"] = _term(
@@ -264,8 +264,8 @@ class CrowTrainer(SFTTrainer):
     Takes what `trl.SFTTrainer` takes. The step is the parent's with two changes: the clean pass is back-propagated, and
     its graph freed, before the perturbed one begins, so that the peak of memory stays that of supervised fine-tuning;
     and terms are divided by counts over the whole accumulated batch, so that neither gradient accumulation nor a ragged
-    last batch changes their weight. Logged each step: `loss`, and `clean`, `divergence`, `inconsistency`, `alpha` where
-    they are on.
+    last batch changes their weight. Logged each step: `loss`, and `clean`, `divergence`, `inconsistency`, `alpha` and
+    `constant_answers` (a log-likelihood, in nats) where they are on.
     """
 
     _tag_names: ClassVar[list[str]] = ["trl", "sft", "crow"]
