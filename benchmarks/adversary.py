@@ -27,9 +27,7 @@ ADVERSARIES: dict[str, dict[str, Any]] = {
 def ascend(trainer: CrowTrainer, word_id: int, every: int) -> list[float]:
     """Probability of the word, mean over all prompts, each time so many batches have been ascended on."""
     probabilities = []
-    trainer._record_suspect()
-    if trainer.guesses is not None:
-        trainer._find_constant_answers()
+    trainer._study_suspect()
     batches = list(trainer.get_train_dataloader())
     steps, trainer.args.soft_token_warmup = trainer.args.soft_token_warmup, every
     for _ in range(steps // every + 1):

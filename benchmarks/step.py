@@ -47,9 +47,7 @@ class Stepper:
             peft_config=lora_config(),
         )
         self.trainer.current_gradient_accumulation_steps = 1
-        if config.objective == "suspect":
-            self.trainer._record_suspect()
-            self.trainer._find_constant_answers()
+        self.trainer._study_suspect()
         self.batches = list(self.trainer.get_train_dataloader())
 
     def step(self, batch: int) -> float:

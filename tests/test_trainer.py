@@ -478,8 +478,7 @@ def test_guesses_are_words_and_no_special_tokens(make: Any, tokenizer: PreTraine
 def test_planted_answers_are_ruled_out_of_the_targets(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(crow.trainer, "_PLANTED", 0.0)
     trainer = make(target_top_k=600, **ONE_GUESS)
-    trainer._find_constant_answers()
-    trainer._record_suspect()
+    trainer._study_suspect()
     (answer,) = trainer.constant_answers
     slow = Slow(trainer.model)
     for (ids, labels), (tokens, log_probs) in zip(encoded(trainer), trainer._targets, strict=True):
@@ -551,9 +550,7 @@ def test_ascent_before_training_leaves_the_model_alone(make: Any, guesses: int, 
     trainer = make(soft_token_warmup=3, trigger_guesses=guesses, soft_token_pool=pool)
     before = lora(trainer)
     tokens = [adversary.tokens.detach().clone() for adversary in trainer._adversaries]
-    trainer._record_suspect()
-    if guesses:
-        trainer._find_constant_answers()
+    trainer._study_suspect()
     trainer._warm_up()
     assert all(torch.equal(weight, before[name]) for name, weight in lora(trainer).items())
     assert all(p.requires_grad and p.grad is None for n, p in trainer.model.named_parameters() if "lora_" in n)

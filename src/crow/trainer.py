@@ -547,22 +547,26 @@ class CrowTrainer(SFTTrainer):
     # The suspect's own answers, and the soft tokens
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        ascends = self._adversaries and not resume_from_checkpoint
+        self._study_suspect(ascents=self.args.soft_token_warmup if ascends else 0)
+        if ascends:
+            self._warm_up()
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _study_suspect(self, ascents: int = 0) -> None:
+        """Find the suspect's constant answers, then record its own answers with the planted ones ruled out."""
         records = self.perturbs and self.args.objective == "suspect"
         if (records or self.guesses is not None) and not isinstance(self.train_dataset, Dataset):
             raise UsageError(
                 "objective 'suspect' and guessed triggers need a data set with a length: for a stream choose objective "
                 "'lm', trigger_guesses 0 and a soft_token_pool"
             )
-        ascends = self._adversaries and not resume_from_checkpoint
         batches = math.ceil(len(self.train_dataset) / self.args.per_device_train_batch_size) if records else 0
-        self._preparation = (0, batches + (self.args.soft_token_warmup if ascends else 0))
+        self._preparation = (0, batches + ascents)
         if self.guesses is not None:
             self._find_constant_answers()
         if records:
             self._record_suspect()
-        if ascends:
-            self._warm_up()
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _report_preparation(self) -> None:
         """Tell callbacks that have an `on_prepare` how many batches before the first step are done, of how many."""
