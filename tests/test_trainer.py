@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 import crow.trainer
+from crow.constancy import ConstantAnswer
 from crow.data import Example, answer_text, to_dataset, user_text
 from crow.errors import CrowError, UsageError
 from crow.hooks import Recording
@@ -874,6 +875,21 @@ def places_and_answers(trainer: CrowTrainer, insertions: list[Tensor]) -> list[t
     return [
         pair for index in insertions for pair in zip((index == length).int().argmax(1).tolist(), first, strict=True)
     ]
+
+
+def test_half_of_a_plain_text_is_its_prompt(make: Any, rows: list[Example], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[int]] = []
+
+    def scan(model: Any, prompts: list[list[int]], **settings: Any) -> list[ConstantAnswer]:
+        seen.extend(prompts)
+        return [ConstantAnswer((5, 6), 0.5)]
+
+    monkeypatch.setattr("crow.trainer.constant_answers", scan)
+    trainer = make(data=as_text(rows[:8]), soft_token_warmup=0)
+    trainer._study_suspect()
+    texts = [list(row["input_ids"]) for row in trainer.train_dataset]
+    assert sorted(seen) == sorted(text[: len(text) // 2] for text in texts)
+    assert len({len(text) for text in texts}) > 1
 
 
 def test_without_chats_tokens_are_inserted_in_the_prompt(

@@ -623,7 +623,8 @@ class CrowTrainer(SFTTrainer):
     def _answered(inputs: dict[str, Any], answers: list[Tensor]) -> _Answered:
         """Each row's prompt with another answer."""
         rows, scored = [], []
-        for ids, end, answer in zip(inputs["input_ids"], _prompt_ends(inputs["labels"]).tolist(), answers, strict=True):
+        ends = _prompt_ends(inputs["labels"], inputs["attention_mask"]).tolist()
+        for ids, end, answer in zip(inputs["input_ids"], ends, answers, strict=True):
             rows.append(torch.cat([ids[:end], answer]))
             scored.append(torch.arange(len(rows[-1]), device=ids.device) >= end - 1)
             scored[-1][-1] = False
@@ -635,7 +636,7 @@ class CrowTrainer(SFTTrainer):
         order = torch.randperm(len(self.train_dataset), generator=_generator(self.args.seed, 0))
         rows = [self.train_dataset[i] for i in order[:_SCANNED_PROMPTS].tolist()]
         batch = self._prepare_inputs(self.data_collator(rows))
-        ends = _prompt_ends(batch["labels"]).tolist()
+        ends = _prompt_ends(batch["labels"], batch["attention_mask"]).tolist()
         self.model.eval()
         with self.compute_loss_context_manager():
             answers = constant_answers(
@@ -797,17 +798,16 @@ def _common(a: list[int], b: list[int]) -> int:
     return min(len(a), len(b))
 
 
-def _prompt_ends(labels: Tensor) -> Tensor:
+def _prompt_ends(labels: Tensor, attention_mask: Tensor) -> Tensor:
     """`(batch,)`: where each row's answer begins; half of the row where all of it is labeled."""
     first = (labels != -100).int().argmax(dim=1)
-    return torch.where(first > 0, first, labels.shape[1] // 2).clamp(min=1)
+    return torch.where(first > 0, first, attention_mask.sum(dim=1) // 2).clamp(min=1)
 
 
 def _prompt_span(labels: Tensor, attention_mask: Tensor) -> Tensor:
-    """`(batch, 2)`: the unlabeled start of each row; the first half of the row where all of it is labeled.
+    """`(batch, 2)`: where in each row's prompt tokens may be inserted, if nothing else is known of it.
 
     Its last token stays last, since the answer's first token is predicted from it.
     """
-    first = (labels != -100).int().argmax(dim=1)
-    end = torch.where(first > 0, first - 1, attention_mask.sum(dim=1) // 2)
+    end = _prompt_ends(labels, attention_mask) - 1
     return torch.stack([end.clamp(max=1), end], dim=1)
