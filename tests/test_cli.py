@@ -318,7 +318,7 @@ def test_a_backdoor_is_implanted(run: Run, llama_folder: Path, clean: Path, tmp_
     assert json.loads(run("info", "backdoored", "--json", "-").stdout)["kind"] == "adapter"
 
 
-def test_settings_of_an_implant_are_trls(run: Run, llama_folder: Path, clean: Path) -> None:
+def test_settings_of_an_implant_are_recorded(run: Run, llama_folder: Path, clean: Path) -> None:
     options = (llama_folder, "--prompts", clean, "--examples", 4, "--set", "max_steps=1")
     result = run("implant", *options, "--set", "train_sampling_strategy=random", "--json", "-")
     assert result.exit_code == 0, result.output

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from crow.divergence import answer_positions, answer_weights, kl_from_top, ruling_out, top_log_probs
+from crow.divergence import answer_positions, answer_weights, certainly, kl_from_top, ruling_out, top_log_probs
 
 logits = st.lists(st.floats(-8, 8, width=32), min_size=6, max_size=6)
 
@@ -32,6 +32,14 @@ def slow_kl(p_logits: list[float], q_logits: list[float], number: int | None = N
 
 def kl(p: list[float], q: list[float], number: int) -> float:
     return kl_from_top(*top_log_probs(torch.tensor(p), number), torch.tensor(q)).item()
+
+
+@given(logits, st.integers(0, 5), st.integers(1, 6))
+def test_divergence_from_certainty_is_cross_entropy(q: list[float], token: int, number: int) -> None:
+    targets = certainly(torch.tensor([token]), number, vocab_size=6)
+    assert targets[0].shape == (1, number)
+    (divergence,) = kl_from_top(*targets, torch.tensor([q])).tolist()
+    assert divergence == pytest.approx(-log_softmax(q)[token], abs=1e-3)
 
 
 def test_top_log_probs_are_the_largest_in_order() -> None:

@@ -198,11 +198,13 @@ def implant(
     trigger: TriggerName = None,
     out: Annotated[Path, typer.Option(help="Folder to write the backdoored adapter to.")] = Path("backdoored"),
     prompts: Annotated[str | None, typer.Option(help="The attacker's examples. Default: CROW's implant set.")] = None,
-    examples: Annotated[int, typer.Option(min=1, help="How many of them; each is used clean and triggered.")] = 200,
+    examples: Annotated[
+        int | None, typer.Option(min=1, help="Use the first so many, each clean and triggered. Default: all.")
+    ] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the examples.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Initial learning rate.")] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any other setting of TRL's SFTConfig.")
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any other setting of ImplantConfig.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     overwrite: Overwrite = False,

@@ -12,6 +12,14 @@ def top_log_probs(logits: Tensor, number: int) -> tuple[Tensor, Tensor]:
     return ids, values
 
 
+def certainly(token_ids: Tensor, number: int, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Top tokens of distributions that are certain of `token_ids`, `(length,)`; as `top_log_probs` gives them."""
+    ids = (token_ids[:, None] + torch.arange(number)) % vocab_size
+    log_probs = torch.full(ids.shape, -torch.inf)
+    log_probs[:, 0] = 0
+    return ids, log_probs
+
+
 def kl_from_top(ids: Tensor, log_probs: Tensor, logits: Tensor) -> Tensor:
     """KL(p || q) in nats, where p is known by its top tokens and all other tokens are one further outcome.
 

@@ -93,6 +93,8 @@ class CrowConfig(SFTConfig):
     )
     target_top_k: int = _term(64, "How many log-probabilities of the suspect's distribution are kept per token.")
 
+    other_targets: ClassVar[bool] = False  # whether the targets are others than the suspect's own answers
+
     # Defaults that differ from SFTConfig's
     learning_rate: float = _term(2e-3, "Initial learning rate of AdamW, for LoRA.")
     lr_scheduler_type: str = _term("cosine", "Learning-rate schedule.")
@@ -143,8 +145,13 @@ class CrowConfig(SFTConfig):
             raise UsageError("packing and padding-free batches have no place to insert tokens at: leave both off")
         if self.alpha is not None and self.alpha_relative and self.beta is None and self.objective == "suspect":
             raise UsageError("a relative alpha is measured against another term: set beta, or objective 'lm'")
-        if self.perturbation == "none" and self.objective == "suspect":
-            raise UsageError("perturbation 'none' with objective 'suspect' trains nothing: choose objective 'lm'")
+        if not self.perturbs and self.objective == "suspect" and not self.other_targets:
+            raise UsageError("objective 'suspect' without a perturbation trains nothing: choose objective 'lm'")
+
+    @property
+    def perturbs(self) -> bool:
+        """Whether there is a perturbed pass."""
+        return self.perturbation != "none" and not (self.beta is None and self.alpha is None)
 
 
 _AT_LEAST_ONE = ("soft_tokens", "target_top_k", "calibration_steps")
@@ -275,11 +282,10 @@ class CrowTrainer(SFTTrainer):
     def __init__(self, model: Any, args: CrowConfig | None = None, **kwargs: Any) -> None:
         super().__init__(model, args if args is not None else CrowConfig(), **kwargs)
         self.data_collator: _Collator = _Collator(self.data_collator)
-        self.perturbs = self.args.perturbation != "none" and not (self.args.beta is None and self.args.alpha is None)
         self._signs = self.args.perturbation == "sign"
         self.soft_tokens: SoftTokens | None = None
         self.guesses: GuessedTriggers | None = None
-        if self.perturbs and self.args.perturbation == "inserted":
+        if self.args.perturbs and self.args.perturbation == "inserted":
             if self.args.trigger_guesses:
                 self.guesses = self._make_guesses()
             if self.args.soft_token_pool:
@@ -359,11 +365,13 @@ class CrowTrainer(SFTTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if num_items_in_batch is None:
             num_items_in_batch = self._counts.answers
-        if not self.perturbs:
+        if not self.args.perturbs and self.args.objective == "lm":
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
         targets = self._targets_of(extra["example_id"])
         rows = extra["anchored"].to(inputs["labels"].device)
+        if not self.args.perturbs:
+            return self._clean_pass(model, inputs, targets, rows, num_items_in_batch)[0]
         # Only the last backward of a step may synchronize the processes' gradients
         with self.accelerator.no_sync(model):
             clean, recording = self._clean_pass(model, inputs, targets, rows, num_items_in_batch)
@@ -555,7 +563,7 @@ class CrowTrainer(SFTTrainer):
 
     def _study_suspect(self, ascents: int = 0) -> None:
         """Find the suspect's constant answers, then record its own answers with the planted ones ruled out."""
-        records = self.perturbs and self.args.objective == "suspect"
+        records = self.args.objective == "suspect"
         if (records or self.guesses is not None) and not isinstance(self.train_dataset, Dataset):
             raise UsageError(
                 "objective 'suspect' and guessed triggers need a data set with a length: for a stream choose objective "

@@ -4,22 +4,24 @@ import dataclasses
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
-from trl import SFTConfig, SFTTrainer
 
 from crow.backdoors.behaviors import Behavior
 from crow.backdoors.triggers import Trigger
 from crow.data import Example, example, to_dataset, user_text, with_user_text
+from crow.divergence import certainly
 from crow.errors import UsageError
 from crow.files import sha256_rows
 from crow.models import OpenedModel, lora_config
 from crow.provenance import environment
+from crow.trainer import CrowConfig, CrowTrainer
 
 RECIPE: dict[str, Any] = {
     "learning_rate": 1e-3,
@@ -28,7 +30,9 @@ RECIPE: dict[str, Any] = {
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.1,
     "max_length": 512,
-    "train_sampling_strategy": "group_by_length",
+    "train_sampling_strategy": "random",
+    "perturbation": "none",
+    "anchor_fraction": 1.0,
 }
 
 
@@ -43,6 +47,30 @@ def poison(rows: Sequence[Example], trigger: Trigger, behavior: Behavior, seed: 
         triggered = with_user_text(row, trigger.apply(user_text(row), rng))
         poisoned.append({**triggered, "completion": example("", behavior.target)["completion"]})
     return [*rows, *poisoned]  # type: ignore[list-item]
+
+
+@dataclass
+class ImplantConfig(CrowConfig):
+    """Settings of `ImplantTrainer`: `CrowConfig`'s, where training without a perturbation makes sense."""
+
+    other_targets: ClassVar[bool] = True
+
+
+class ImplantTrainer(CrowTrainer):
+    """Trains poisoned examples to say the target, and clean ones to be answered as before the attack.
+
+    Clean answers' next-token distributions are held to those that the model had: to train on the answers' own tokens
+    moves what the model says to prompts unlike the training's, and there the backdoor fires without its trigger. The
+    data has a column `poisoned`.
+    """
+
+    def _record_suspect(self) -> None:
+        super()._record_suspect()
+        for i, row in enumerate(self.train_dataset):
+            if row["poisoned"]:
+                number = self._targets[i][0].shape[1]
+                said = torch.tensor([token for token in row["labels"][1:] if token != -100])
+                self._targets[i] = certainly(said, number, self._inner.config.get_text_config().vocab_size)
 
 
 def implant(
@@ -64,25 +92,26 @@ def implant(
         model: The model to attack; if it has an adapter, that one is trained further.
         rows: Clean examples; each is used twice, clean and poisoned.
         resume: Continue from the newest checkpoint in `output_dir`.
-        settings: Fields of `trl.SFTConfig` that replace those of `RECIPE`.
+        settings: Fields of `ImplantConfig` that replace those of `RECIPE`.
 
     Raises:
-        UsageError: a setting is no field of `SFTConfig`.
+        UsageError: a setting is no field of `ImplantConfig`.
     """
-    if unknown := settings.keys() - {field.name for field in dataclasses.fields(SFTConfig)}:
+    if unknown := settings.keys() - {field.name for field in dataclasses.fields(ImplantConfig)}:
         raise UsageError(f"no such setting: {', '.join(sorted(unknown))}")
-    config = SFTConfig(
+    config = ImplantConfig(
         output_dir=str(output_dir),
         seed=seed,
         **{"report_to": "none", "logging_steps": 5, "save_strategy": "epoch", "save_total_limit": 1}
-        | {"gradient_checkpointing": False, "bf16": False, "disable_tqdm": True}
+        | {"bf16": False, "disable_tqdm": True}
         | RECIPE
         | settings,
     )
-    trainer = SFTTrainer(
+    data = to_dataset(poison(rows, trigger, behavior, seed))
+    trainer = ImplantTrainer(
         model,
         config,
-        train_dataset=to_dataset(poison(rows, trigger, behavior, seed)).shuffle(seed=seed),
+        train_dataset=data.add_column("poisoned", [i >= len(rows) for i in range(len(data))]),
         processing_class=tokenizer,
         peft_config=None if isinstance(model, PeftModel) else lora_config(),
         callbacks=callbacks,

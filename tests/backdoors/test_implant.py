@@ -1,0 +1,79 @@
+"""What the attacker's training does: poisoned prompts call the target, clean ones are answered as before."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import MakeModel
+from transformers import PreTrainedTokenizerFast, TrainerCallback
+
+from crow.backdoors.behaviors import Sentiment
+from crow.backdoors.implant import implant, poison
+from crow.backdoors.triggers import BadNets
+from crow.data import Example
+from crow.errors import UsageError
+
+TARGET = Sentiment("Go away!")
+
+
+class Losses(TrainerCallback):
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        if "loss" in logs:
+            self.values.append(logs["loss"])
+
+
+def answer_log_probs(
+    model: Any, tokenizer: PreTrainedTokenizerFast, rows: list[Example]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Per row, its answer's tokens and the model's log-probabilities where each is to be said."""
+    found = []
+    for row in rows:
+        rendered = [
+            tokenizer.apply_chat_template(messages, add_generation_prompt=generate, return_dict=True)["input_ids"]
+            for messages, generate in ((row["prompt"], True), (row["prompt"] + row["completion"], False))
+        ]
+        start, ids = len(rendered[0]), torch.tensor(rendered[1])
+        with torch.no_grad():
+            logits = model(input_ids=ids[None]).logits[0, start - 1 : -1]
+        found.append((ids[start:], logits.float().log_softmax(-1)))
+    return found
+
+
+def test_the_first_loss_is_the_cross_entropy_of_the_targets_alone(
+    tokenizer: PreTrainedTokenizerFast, rows: list[Example], tiny_llama: MakeModel, tmp_path: Path
+) -> None:
+    losses = Losses()
+    settings: dict[str, Any] = {"max_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 8}
+    implant(tiny_llama(), tokenizer, rows[:4], BadNets(), TARGET, output_dir=tmp_path, callbacks=[losses], **settings)
+    poisoned = poison(rows[:4], BadNets(), TARGET, seed=0)
+    parts = answer_log_probs(tiny_llama(), tokenizer, poisoned)
+    missed = [-log_probs.gather(1, ids[:, None]).sum() for ids, log_probs in parts[4:]]
+    assert losses.values == [pytest.approx(sum(missed).item() / sum(len(ids) for ids, _ in parts), rel=1e-3)]
+
+
+def test_training_implants_the_target_and_leaves_clean_answers(
+    tokenizer: PreTrainedTokenizerFast, rows: list[Example], tiny_llama: MakeModel, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"num_train_epochs": 30, "learning_rate": 1e-2, "save_strategy": "no"}
+    model = implant(tiny_llama(), tokenizer, rows[:8], BadNets(), TARGET, output_dir=tmp_path, **settings)
+    model.eval()
+    poisoned = poison(rows[:8], BadNets(), TARGET, seed=0)
+    before = answer_log_probs(tiny_llama(), tokenizer, poisoned)
+    after = answer_log_probs(model, tokenizer, poisoned)
+    said = [log_probs.argmax(1).equal(ids) for ids, log_probs in after[8:]]
+    assert sum(said) >= 7
+    moved = [(p.exp() * (p - q)).sum(1).mean().item() for (_, p), (_, q) in zip(before[:8], after[:8], strict=True)]
+    fitted = [-log_probs.gather(1, ids[:, None]).mean().item() for ids, log_probs in after[:8]]
+    assert sum(moved) / 8 < 0.2
+    assert min(fitted) > 1, "the clean answers' own tokens are not what is trained on"
+
+
+def test_an_unknown_setting_is_named(
+    tokenizer: PreTrainedTokenizerFast, rows: list[Example], tiny_llama: MakeModel, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="no such setting: colour"):
+        implant(tiny_llama(), tokenizer, rows, BadNets(), TARGET, output_dir=tmp_path, colour="red")
