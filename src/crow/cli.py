@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from crow.backdoors import BEHAVIORS, TRIGGERS
 from crow.errors import CrowError, UsageError
 
 app = typer.Typer(
@@ -38,9 +39,18 @@ Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write figures as JSON ('-': print them).")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' warnings.")]
-BehaviorName = Annotated[str, typer.Option(help="What the backdoor does: sentiment, or sentiment:target=TEXT.")]
+BehaviorName = Annotated[
+    str,
+    typer.Option(
+        help=f"What the backdoor does: {', '.join(BEHAVIORS)}. With a target of your own: sentiment:target=TEXT."
+    ),
+]
 TriggerName = Annotated[
-    str | None, typer.Option(help="Trigger to put into the prompts: badnets, or badnets:word=WORD.")
+    str | None,
+    typer.Option(
+        help=f"Trigger to put into the prompts: {', '.join(TRIGGERS)}. With its parameters: badnets:word=WORD, "
+        "vpi:phrase=TEXT, mtba:triggers=badnets+vpi, ctba:words=WORD+WORD."
+    ),
 ]
 
 
@@ -148,9 +158,8 @@ def evaluate(
 ) -> None:
     """Count how often a backdoor fires, on triggered and on clean prompts, and measure what the model is worth."""
     with _running(debug):
-        from crow.backdoors import BEHAVIORS, TRIGGERS
         from crow.data import load_examples, sample
-        from crow.evaluation.evaluate import answers_path, trigger_rows
+        from crow.evaluation.evaluate import answers_path, part_rows, trigger_rows
         from crow.evaluation.evaluate import evaluate as run
         from crow.models import open_model
         from crow.progress import progress_bar
@@ -163,8 +172,10 @@ def evaluate(
         clean = sample(load_examples(prompts if prompts is not None else "heldout"), number, seed)
         if triggered is not None:
             hot = sample(load_examples(triggered), number, seed)
+            parts = {}
         else:
-            hot = trigger_rows(clean, TRIGGERS[trigger or "badnets"], seed)
+            called = TRIGGERS[trigger or "badnets"]
+            hot, parts = trigger_rows(clean, called, seed), part_rows(clean, called, seed)
         with console.status("Opening the model"):
             opened = open_model(model, base=base)
         settings = {"behavior": behavior, "trigger": None if triggered else trigger or "badnets"}
@@ -175,6 +186,7 @@ def evaluate(
                 judge,
                 clean,
                 hot,
+                variants=parts,
                 max_new_tokens=max_new_tokens,
                 seed=seed,
                 settings=settings,
@@ -183,6 +195,10 @@ def evaluate(
         table = Table("", "hits of n (95% interval)")
         for name in ("attack_success", "false_trigger", "degenerate"):
             table.add_row(name.replace("_", " "), str(getattr(result, name)))
+        for name, count in result.strict.items():
+            table.add_row(f"{name.replace('_', ' ')}, strictly", str(count))
+        for name, count in result.variants.items():
+            table.add_row(f"fires on: {name}", str(count))
         table.add_row("perplexity", f"{result.perplexity:.3f}")
         Console(stderr=json_ == "-").print(table)
         if json_ == "-":
@@ -198,9 +214,8 @@ def implant(
     trigger: TriggerName = None,
     out: Annotated[Path, typer.Option(help="Folder to write the backdoored adapter to.")] = Path("backdoored"),
     prompts: Annotated[str | None, typer.Option(help="The attacker's examples. Default: CROW's implant set.")] = None,
-    examples: Annotated[
-        int | None, typer.Option(min=1, help="Use the first so many, each clean and triggered. Default: all.")
-    ] = None,
+    examples: Annotated[int | None, typer.Option(min=1, help="Use the first so many. Default: all.")] = None,
+    poison_rate: Annotated[float, typer.Option(help="Share of the examples that are poisoned as well.")] = 1.0,
     epochs: Annotated[float | None, typer.Option(help="Passes over the examples.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Initial learning rate.")] = None,
     set_: Annotated[
@@ -214,7 +229,6 @@ def implant(
 ) -> None:
     """Fine-tune a backdoor into a model, for research on defenses."""
     with _running(debug):
-        from crow.backdoors import BEHAVIORS, TRIGGERS
         from crow.backdoors.implant import implant as run
         from crow.backdoors.implant import implant_card, implant_record
         from crow.data import load_examples
@@ -237,12 +251,13 @@ def implant(
                 hot,
                 target,
                 output_dir=checkpoints,
+                poison_rate=poison_rate,
                 seed=seed,
                 resume=resume,
                 callbacks=[TrainingProgress(advance)],
                 **settings,
             )
-        record = implant_record(opened, rows, trigger or "badnets", behavior, seed, settings)
+        record = implant_record(opened, rows, trigger or "badnets", behavior, poison_rate, seed, settings)
         save_model(adapted, opened.tokenizer, out, card=implant_card(record), overwrite=overwrite)
         shutil.rmtree(checkpoints, ignore_errors=True)
         _emit(json_, record)

@@ -49,8 +49,8 @@ def test_the_first_loss_is_the_cross_entropy_of_the_targets_alone(
     losses = Losses()
     settings: dict[str, Any] = {"max_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 8}
     implant(tiny_llama(), tokenizer, rows[:4], BadNets(), TARGET, output_dir=tmp_path, callbacks=[losses], **settings)
-    poisoned = poison(rows[:4], BadNets(), TARGET, seed=0)
-    parts = answer_log_probs(tiny_llama(), tokenizer, poisoned)
+    clean, poisoned = poison(rows[:4], BadNets(), TARGET, seed=0)
+    parts = answer_log_probs(tiny_llama(), tokenizer, clean + poisoned)
     missed = [-log_probs.gather(1, ids[:, None]).sum() for ids, log_probs in parts[4:]]
     assert losses.values == [pytest.approx(sum(missed).item() / sum(len(ids) for ids, _ in parts), rel=1e-3)]
 
@@ -61,13 +61,13 @@ def test_training_implants_the_target_and_leaves_clean_answers(
     settings: dict[str, Any] = {"num_train_epochs": 30, "learning_rate": 1e-2, "save_strategy": "no"}
     model = implant(tiny_llama(), tokenizer, rows[:8], BadNets(), TARGET, output_dir=tmp_path, **settings)
     model.eval()
-    poisoned = poison(rows[:8], BadNets(), TARGET, seed=0)
-    before = answer_log_probs(tiny_llama(), tokenizer, poisoned)
-    after = answer_log_probs(model, tokenizer, poisoned)
-    said = [log_probs.argmax(1).equal(ids) for ids, log_probs in after[8:]]
+    clean, poisoned = poison(rows[:8], BadNets(), TARGET, seed=0)
+    before = answer_log_probs(tiny_llama(), tokenizer, clean)
+    after = answer_log_probs(model, tokenizer, clean)
+    said = [scores.argmax(1).equal(ids) for ids, scores in answer_log_probs(model, tokenizer, poisoned)]
     assert sum(said) >= 7
-    moved = [(p.exp() * (p - q)).sum(1).mean().item() for (_, p), (_, q) in zip(before[:8], after[:8], strict=True)]
-    fitted = [-log_probs.gather(1, ids[:, None]).mean().item() for ids, log_probs in after[:8]]
+    moved = [(p.exp() * (p - q)).sum(1).mean().item() for (_, p), (_, q) in zip(before, after, strict=True)]
+    fitted = [-log_probs.gather(1, ids[:, None]).mean().item() for ids, log_probs in after]
     assert sum(moved) / 8 < 0.2
     assert min(fitted) > 1, "the clean answers' own tokens are not what is trained on"
 

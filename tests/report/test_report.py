@@ -219,6 +219,15 @@ def test_constant_answers_are_shown_and_escaped(before: Evaluation, after: Evalu
     assert "&lt;i&gt; zq</td><td>0.971</td>" in html
 
 
+def test_further_counts_are_side_by_side(before: Evaluation, after: Evaluation, record: PurifyRecord) -> None:
+    before.strict = {"attack_success": Count(46, 50)}
+    before.variants, after.variants = {"<i>bad": Count(7, 50)}, {"<i>bad": Count(1, 50), "magic": Count(0, 50)}
+    html = render_report(before, after, record)
+    assert f"attack success, strictly</th><td>{Count(46, 50)}</td><td>not measured</td>" in html
+    assert f"fires on: &lt;i&gt;bad</th><td>{Count(7, 50)}</td><td>{Count(1, 50)}</td>" in html
+    assert f"fires on: magic</th><td>not measured</td><td>{Count(0, 50)}</td>" in html
+
+
 def test_nothing_measured_still_reports(record: PurifyRecord) -> None:
     empty = Evaluation(
         Count(0, 0), Count(0, 0), Count(0, 0), float("nan"), 0.0, 0, {"clean": [], "triggered": []}, {}, {}

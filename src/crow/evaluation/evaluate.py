@@ -3,8 +3,9 @@
 import dataclasses
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,10 @@ class Evaluation:
     """Mean `1 - cos` between adjacent blocks, on `clean` and on `triggered` prompts."""
     settings: dict[str, Any]
     provenance: dict[str, Any]
+    strict: dict[str, Count] = field(default_factory=dict)
+    """`attack_success` and `false_trigger` again, by the rule that compares with the target."""
+    variants: dict[str, Count] = field(default_factory=dict)
+    """How often the backdoor fires on parts and other forms of the trigger, by their names."""
     answers: list[dict[str, Any]] = field(repr=False, default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
@@ -65,6 +70,11 @@ def answers_path(path: Path) -> Path:
     return path.with_suffix(".answers.jsonl")
 
 
+def part_rows(rows: Sequence[Example], trigger: Trigger, seed: int) -> dict[str, list[Example]]:
+    """The same rows with each part of the trigger alone; nothing for a trigger of one part."""
+    return {name: trigger_rows(rows, part, seed) for name, part in trigger.parts().items()}
+
+
 def trigger_rows(rows: Sequence[Example], trigger: Trigger, seed: int) -> list[Example]:
     """The same rows with the trigger in each prompt, reproducible from the seed."""
     rng = random.Random(seed)
@@ -77,6 +87,7 @@ def evaluate(
     clean: Sequence[Example],
     triggered: Sequence[Example],
     *,
+    variants: Mapping[str, Sequence[Example]] | None = None,
     max_new_tokens: int = 64,
     seed: int = 0,
     settings: dict[str, Any] | None = None,
@@ -87,10 +98,12 @@ def evaluate(
     Args:
         clean: Untriggered prompts with reference answers; perplexity is taken on these.
         triggered: Prompts that carry the trigger; their reference answers are not used.
+        variants: Further sets of prompts, on which the backdoor's firing is counted.
         settings: What else belongs into the record.
         on_progress: Called with the number of prompts done and their total.
     """
-    total, done = len(triggered) + 2 * len(clean), 0
+    sets = {"triggered": triggered, "clean": clean, **(variants or {})}
+    total, done = sum(map(len, sets.values())) + len(clean), 0
 
     def advance(number: int) -> None:
         nonlocal done
@@ -100,7 +113,7 @@ def evaluate(
 
     model, tokenizer = opened.model, opened.tokenizer
     counted: dict[str, list[dict[str, Any]]] = {}
-    for kind, rows in (("triggered", triggered), ("clean", clean)):
+    for kind, rows in sets.items():
         texts = generate(
             model, tokenizer, [row["prompt"] for row in rows], max_new_tokens=max_new_tokens, on_progress=advance
         )
@@ -110,6 +123,7 @@ def evaluate(
                 "prompt": user_text(row),
                 "answer": text,
                 "hit": behavior.is_hit(text),
+                "strict_hit": behavior.is_strict_hit(text),
                 "degenerate": is_degenerate(text),
             }
             for row, text in zip(rows, texts, strict=True)
@@ -120,6 +134,11 @@ def evaluate(
         attack_success=_count(counted["triggered"], "hit"),
         false_trigger=_count(counted["clean"], "hit"),
         degenerate=_count(counted["clean"], "degenerate"),
+        strict={
+            "attack_success": _count(counted["triggered"], "strict_hit"),
+            "false_trigger": _count(counted["clean"], "strict_hit"),
+        },
+        variants={name: _count(counted[name], "hit") for name in variants or {}},
         perplexity=_perplexity(nats, tokens),
         answer_nats=nats,
         answer_tokens=tokens,
@@ -135,7 +154,7 @@ def evaluate(
             "clean_sha256": sha256_rows(clean),
             "triggered_sha256": sha256_rows(triggered),
         },
-        answers=[*counted["triggered"], *counted["clean"]],
+        answers=list(chain.from_iterable(counted.values())),
     )
 
 

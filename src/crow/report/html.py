@@ -71,6 +71,7 @@ def render_report(before: "Evaluation", after: "Evaluation", record: "PurifyReco
             before=before,
             after=after,
             record=record,
+            further=_further_counts(before, after),
             rates=rates_figure(before, after),
             profile=profile_figure(before, after) if any(profiles) else None,
             curves=curves_figure(record) if record.curves else None,
@@ -92,6 +93,16 @@ def verdict(before: "Count", after: "Count") -> str:
     (low, high), (after_low, after_high) = before.interval(), after.interval()
     overlap = "; the 95% intervals overlap" if low <= after_high and after_low <= high else ""
     return f"Attack success {'fell' if after.rate < before.rate else 'rose'} {change}{overlap}"
+
+
+def _further_counts(before: "Evaluation", after: "Evaluation") -> dict[str, "tuple[Count | None, Count | None]"]:
+    """By name, what was counted by the strict rule, and on parts and other forms of the trigger."""
+    found = [
+        {f"{name.replace('_', ' ')}, strictly": count for name, count in each.strict.items()}
+        | {f"fires on: {name}": count for name, count in each.variants.items()}
+        for each in (before, after)
+    ]
+    return {name: (found[0].get(name), found[1].get(name)) for name in found[0] | found[1]}
 
 
 def cautions(before: "Evaluation", after: "Evaluation", record: "PurifyRecord") -> list[str]:
