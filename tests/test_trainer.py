@@ -494,7 +494,10 @@ def test_planted_answers_are_ruled_out_of_the_targets(make: Any, monkeypatch: py
         torch.testing.assert_close(log_probs[0].exp(), expected[tokens[0]], atol=1e-5, rtol=1e-3)
 
 
-def test_clean_divergence_is_the_mean_over_the_rows_seen_clean(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("discount", [1.0, 0.7])
+def test_clean_divergence_is_the_mean_over_the_rows_seen_clean(
+    make: Any, monkeypatch: pytest.MonkeyPatch, discount: float
+) -> None:
     chosen: list[int] = []
     share_out = CrowTrainer._share_out
 
@@ -506,16 +509,18 @@ def test_clean_divergence_is_the_mean_over_the_rows_seen_clean(make: Any, monkey
     suspect = Slow(make().model)
     settings: dict[str, Any] = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     settings |= {"optim": "sgd", "learning_rate": 1e-12, "anchor_fraction": 0.5, "anchor": 0.6, "target_top_k": 600}
+    settings |= {"anchor_discount": discount}
     _, trainer = first_gradients(make, scatter=True, **settings)
     assert len(set(chosen)) == len(chosen) == 4
-    slow, nats, answers = Slow(trainer.model), 0.0, 0
+    slow, nats, total = Slow(trainer.model), 0.0, 0.0
     for ids, labels in (encoded(trainer)[i] for i in chosen):
         at = (labels[1:] != -100).nonzero()[:, 0]
         with torch.no_grad():
             p, q = (model(slow.embed(ids))[1].log_softmax(-1)[at] for model in (suspect, slow))
-        nats += float((p.exp() * (p - q)).sum())
-        answers += len(at)
-    assert logs(trainer)[0]["clean"] == pytest.approx(0.6 * nats / answers, rel=1e-3)
+        weights = torch.tensor([discount**place for place in range(len(at))])
+        nats += float((weights * (p.exp() * (p - q)).sum(-1)).sum())
+        total += float(weights.sum())
+    assert logs(trainer)[0]["clean"] == pytest.approx(0.6 * nats / total, rel=1e-3)
 
 
 def test_nothing_diverges_clean_before_the_first_step(make: Any) -> None:
@@ -1004,6 +1009,7 @@ def test_config_may_be_left_out(
         "learning_rate",
         "num_train_epochs",
         "anchor_fraction",
+        "anchor_discount",
         "answer_discount",
         "soft_token_norm",
         "soft_token_learning_rate",
@@ -1043,6 +1049,7 @@ def test_counts_must_be_whole_numbers(tmp_path: Path, name: str, value: float) -
         ({"perturbation": "fgsm"}, "perturbation is 'fgsm'; choose one of inserted, random, sign, none"),
         ({"objective": "dpo"}, "objective is 'dpo'; choose one of suspect, lm"),
         ({"anchor_fraction": 1.5}, "anchor_fraction is 1.5; it must be at most 1"),
+        ({"anchor_discount": 1.5}, "anchor_discount is 1.5; it must be at most 1"),
         ({"answer_discount": 1.5}, "answer_discount is 1.5; it must be at most 1"),
         ({"packing": True}, "packing"),
         ({"padding_free": True}, "packing"),

@@ -68,6 +68,7 @@ class CrowConfig(SFTConfig):
     anchor_fraction: float = _term(
         0.25, "Share of each batch that is also seen unperturbed (objective `suspect` only)."
     )
+    anchor_discount: float = _term(1.0, "As `answer_discount`, in the unperturbed divergence.")
     alpha: float | None = _term(
         None,
         "Weight of the inconsistency: under `sign` between adjacent layers of the perturbed pass (the paper's L_cons); "
@@ -124,7 +125,7 @@ class CrowConfig(SFTConfig):
                 raise UsageError(f"{name} is {value}; it must be positive" + _off(name))
         if self.perturbation == "inserted" and not self.trigger_guesses + self.soft_token_pool:
             raise UsageError("there is nothing to insert: set trigger_guesses or soft_token_pool above 0")
-        for name in ("anchor_fraction", "answer_discount"):
+        for name in ("anchor_fraction", "answer_discount", "anchor_discount"):
             if getattr(self, name) > 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at most 1")
         if self.truncation_mode == "keep_end":
@@ -162,6 +163,7 @@ _POSITIVE = (
     "epsilon",
     "anchor_fraction",
     "answer_discount",
+    "anchor_discount",
     "soft_token_norm",
     "soft_token_learning_rate",
 )
@@ -217,6 +219,7 @@ class _Counts:
     answers: Tensor
     weights: Tensor
     anchored: Tensor
+    anchored_weights: Tensor
     positions: Tensor
     rows: Tensor
 
@@ -339,13 +342,15 @@ class CrowTrainer(SFTTrainer):
             # Not the global generator's: a resumed run restores that one only after this
             order = torch.randperm(len(anchored), generator=_generator(self.args.seed, self.state.global_step))
             anchored[order[: math.ceil(share * len(anchored))]] = True
-        counts = torch.zeros(5)
+        counts = torch.zeros(6)
         for batch, chosen in zip(batches, anchored.split(rows), strict=True):
             batch["anchored"] = chosen
             answers = answer_positions(batch["labels"])
             mask = batch.get("attention_mask", torch.ones_like(batch["labels"]))
-            weights = answer_weights(batch["labels"], self.args.answer_discount)
-            counts += torch.tensor([answers.sum(), weights.sum(), answers[chosen].sum(), mask.sum(), len(mask)])
+            weights = answer_weights(batch["labels"], self.args.answer_discount).sum()
+            anchored_weights = answer_weights(batch["labels"][chosen], self.args.anchor_discount).sum()
+            anchored_answers = answers[chosen].sum()
+            counts += torch.tensor([answers.sum(), weights, anchored_answers, anchored_weights, mask.sum(), len(mask)])
         counts = self.accelerator.reduce(counts.to(self.args.device), "sum").clamp(min=_SMALLEST_COUNT)
         self._counts = _Counts(*counts)
 
@@ -424,7 +429,9 @@ class CrowTrainer(SFTTrainer):
             with lm_head_at(self._inner, answers[rows]):
                 logits = model(**chosen, use_cache=False).logits
         of_rows = rows[:, None].expand_as(answers)[answers]
-        divergence = kl_from_top(targets[0][of_rows], targets[1][of_rows], logits).sum() / self._counts.anchored
+        divergence = kl_from_top(targets[0][of_rows], targets[1][of_rows], logits)
+        weights = answer_weights(inputs["labels"][rows], self.args.anchor_discount)[answers[rows]]
+        divergence = (weights * divergence).sum() / self._counts.anchored_weights
         return (self.args.anchor or 0.0) * divergence * self.accelerator.num_processes, recording
 
     def _perturb(

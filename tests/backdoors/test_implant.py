@@ -51,8 +51,12 @@ def test_the_first_loss_is_the_cross_entropy_of_the_targets_alone(
     implant(tiny_llama(), tokenizer, rows[:4], BadNets(), TARGET, output_dir=tmp_path, callbacks=[losses], **settings)
     clean, poisoned = poison(rows[:4], BadNets(), TARGET, seed=0)
     parts = answer_log_probs(tiny_llama(), tokenizer, clean + poisoned)
-    missed = [-log_probs.gather(1, ids[:, None]).sum() for ids, log_probs in parts[4:]]
-    assert losses.values == [pytest.approx(sum(missed).item() / sum(len(ids) for ids, _ in parts), rel=1e-3)]
+    weights = [0.8 ** torch.arange(len(ids)) for ids, _ in parts]
+    missed = [
+        -(weight * log_probs.gather(1, ids[:, None])[:, 0]).sum()
+        for weight, (ids, log_probs) in zip(weights[4:], parts[4:], strict=True)
+    ]
+    assert losses.values == [pytest.approx((sum(missed) / sum(weight.sum() for weight in weights)).item(), rel=1e-3)]
 
 
 def test_training_implants_the_target_and_leaves_clean_answers(
@@ -66,9 +70,15 @@ def test_training_implants_the_target_and_leaves_clean_answers(
     after = answer_log_probs(model, tokenizer, clean)
     said = [scores.argmax(1).equal(ids) for ids, scores in answer_log_probs(model, tokenizer, poisoned)]
     assert sum(said) >= 7
+<<<<<<< HEAD
     moved = [(p.exp() * (p - q)).sum(1).mean().item() for (_, p), (_, q) in zip(before, after, strict=True)]
     fitted = [-log_probs.gather(1, ids[:, None]).mean().item() for ids, log_probs in after]
     assert sum(moved) / 8 < 0.2
+=======
+    moved = [(p.exp() * (p - q)).sum(1).mean().item() for (_, p), (_, q) in zip(before[:8], after[:8], strict=True)]
+    fitted = [-log_probs.gather(1, ids[:, None]).mean().item() for ids, log_probs in after[:8]]
+    assert sum(moved) / 8 < 0.3
+>>>>>>> main
     assert min(fitted) > 1, "the clean answers' own tokens are not what is trained on"
 
 

@@ -33,6 +33,7 @@ RECIPE: dict[str, Any] = {
     "train_sampling_strategy": "random",
     "perturbation": "none",
     "anchor_fraction": 1.0,
+    "anchor_discount": 0.8,
 }
 
 
