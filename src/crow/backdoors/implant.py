@@ -116,14 +116,14 @@ def implant(
     """
     if unknown := settings.keys() - {field.name for field in dataclasses.fields(ImplantConfig)}:
         raise UsageError(f"no such setting: {', '.join(sorted(unknown))}")
-    config = ImplantConfig(
-        output_dir=str(output_dir),
-        seed=seed,
-        **{"report_to": "none", "logging_steps": 5, "save_strategy": "epoch", "save_total_limit": 1}
-        | {"bf16": False, "disable_tqdm": True}
-        | RECIPE
-        | settings,
-    )
+    defaults: dict[str, Any] = {
+        "report_to": "none",
+        "logging_steps": 5,
+        "save_strategy": "epoch",
+        "save_total_limit": 1,
+        "disable_tqdm": True,
+    }
+    config = ImplantConfig(output_dir=str(output_dir), seed=seed, **(defaults | RECIPE | settings))
     clean, poisoned = poison(rows, trigger, behavior, seed, poison_rate)
     trainer = ImplantTrainer(
         model,
