@@ -70,15 +70,9 @@ def test_training_implants_the_target_and_leaves_clean_answers(
     after = answer_log_probs(model, tokenizer, clean)
     said = [scores.argmax(1).equal(ids) for ids, scores in answer_log_probs(model, tokenizer, poisoned)]
     assert sum(said) >= 7
-<<<<<<< HEAD
     moved = [(p.exp() * (p - q)).sum(1).mean().item() for (_, p), (_, q) in zip(before, after, strict=True)]
     fitted = [-log_probs.gather(1, ids[:, None]).mean().item() for ids, log_probs in after]
-    assert sum(moved) / 8 < 0.2
-=======
-    moved = [(p.exp() * (p - q)).sum(1).mean().item() for (_, p), (_, q) in zip(before[:8], after[:8], strict=True)]
-    fitted = [-log_probs.gather(1, ids[:, None]).mean().item() for ids, log_probs in after[:8]]
     assert sum(moved) / 8 < 0.3
->>>>>>> main
     assert min(fitted) > 1, "the clean answers' own tokens are not what is trained on"
 
 
