@@ -310,6 +310,7 @@ def _running(debug: bool) -> Iterator[None]:
     if not debug:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")  # of the conversion of a GGUF file
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         warnings.simplefilter("ignore")
         logging.basicConfig(level=logging.ERROR)

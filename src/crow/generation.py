@@ -8,7 +8,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from crow.data import Example, Message
 from crow.divergence import answer_positions
-from crow.hooks import lm_head_at
+from crow.hooks import contiguous_lm_head, lm_head_at
 from crow.models import base_model
 
 
@@ -47,7 +47,7 @@ def generate(
     for rows in token_batches([len(ids) + max_new_tokens for ids in encoded], tokens_per_batch):
         batch = tokenizer.pad({"input_ids": [encoded[i] for i in rows]}, padding_side="left", return_tensors="pt")
         batch = batch.to(model.device)
-        with torch.inference_mode():
+        with torch.inference_mode(), contiguous_lm_head(base_model(model)):
             output = model.generate(**batch, generation_config=greedy)
         texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         for i, text in zip(rows, texts, strict=True):

@@ -90,6 +90,21 @@ def lm_head_at(model: PreTrainedModel, positions: Tensor) -> Iterator[None]:
         handle.remove()
 
 
+@contextmanager
+def contiguous_lm_head(model: PreTrainedModel) -> Iterator[None]:
+    """Give the head contiguous input: for a slice, as of the last position, PyTorch copies its weight for every row.
+
+    Args:
+        model: The model itself, not its distributed wrapper.
+    """
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(),))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 @torch.no_grad()
 def hidden_states(model: PreTrainedModel, **inputs: Tensor) -> Recording:
     """Embeddings and hidden states of a plain forward without gradients; takes the model's own inputs."""

@@ -162,7 +162,11 @@ def _open_gguf(path: Path, name: str, kind: str) -> OpenedModel:
     model = _load(
         name,
         lambda: AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=file, dtype=_gguf_dtype(), quantization_config=GgufConfig(dequantize=True)
+            folder,
+            config=config,  # which would be read from the file once more, and that takes seconds
+            gguf_file=file,
+            dtype=_gguf_dtype(),
+            quantization_config=GgufConfig(dequantize=True),
         ),
     )
     # The weights are plain tensors by now; left as they are, these marks make PEFT and save_pretrained think otherwise

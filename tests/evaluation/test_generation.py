@@ -52,6 +52,16 @@ def test_batched_answers_are_those_of_one_at_a_time_in_order(
     assert (len(done) == 1) == (budget == 8192)
 
 
+def test_no_projection_to_the_vocabulary_copies_its_weight(opened: OpenedModel, rows: list[Example]) -> None:
+    seen: list[tuple[bool, int]] = []
+    head = opened.model.get_output_embeddings()
+    head.register_forward_hook(lambda module, args, out: seen.append((args[0].is_contiguous(), args[0].shape[1])))
+    generate(opened.model, opened.tokenizer, [row["prompt"] for row in rows[:4]], max_new_tokens=3)
+    assert seen == [(True, 1)] * len(seen)
+    assert seen
+    assert not head._forward_pre_hooks
+
+
 def test_answers_end_at_the_end_token(opened: OpenedModel, rows: list[Example]) -> None:
     prompts = [row["prompt"] for row in rows[:4]]
     whole = generate(opened.model, opened.tokenizer, prompts, max_new_tokens=8)
