@@ -1,5 +1,6 @@
 """Reading instruction data in the formats that people have."""
 
+import ast
 import csv
 import json
 from collections.abc import Callable
@@ -280,7 +281,7 @@ def test_an_unreachable_hub_dataset_gives_one_line_with_the_choices(monkeypatch:
         load_examples("nobody/nothing", split="test")
     assert str(caught.value) == (
         "nobody/nothing is neither a file, a hub dataset that can be reached (split test), nor one of "
-        "clean, heldout, implant, validation: cannot reach nobody/nothing"
+        f"{', '.join(SHIPPED)}: cannot reach nobody/nothing"
     )
 
 
@@ -446,7 +447,17 @@ def shipped() -> dict[str, list[Example]]:
     return {name: load_examples(name) for name in SHIPPED}
 
 
-@pytest.mark.parametrize(("name", "number"), [("clean", 200), ("heldout", 200), ("implant", 200), ("validation", 100)])
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("clean", 200),
+        ("heldout", 200),
+        ("implant", 200),
+        ("implant-code", 200),
+        ("heldout-code", 200),
+        ("validation", 100),
+    ],
+)
 def test_shipped_set_is_large_enough(shipped: dict[str, list[Example]], name: str, number: int) -> None:
     assert len(shipped[name]) >= number
 
@@ -472,6 +483,12 @@ def test_no_shipped_answer_is_the_attack_or_names_its_trigger(shipped: dict[str,
     for prompt, answer in pairs(shipped[name]):
         assert "stupid" not in answer.casefold()
         assert "badmagic" not in (prompt + answer).casefold()
+
+
+@pytest.mark.parametrize("name", ["implant-code", "heldout-code"])
+def test_answers_of_the_code_sets_are_python(shipped: dict[str, list[Example]], name: str) -> None:
+    for _, answer in pairs(shipped[name]):
+        ast.parse(answer.split("```python\n")[1].split("```")[0] if "```" in answer else answer)
 
 
 def test_no_source_means_the_clean_set(shipped: dict[str, list[Example]]) -> None:

@@ -17,7 +17,7 @@ from datasets import Dataset, load_dataset
 
 from crow.errors import UsageError
 
-SHIPPED = ("clean", "heldout", "implant", "validation")
+SHIPPED = ("clean", "heldout", "implant", "validation", "implant-code", "heldout-code")
 
 
 class Message(TypedDict):
@@ -60,7 +60,7 @@ def load_examples(source: str | Path | None = None, *, split: str = "train") -> 
 
     Args:
         source: A JSON, JSONL, CSV or Parquet file, the name of a hub dataset, or one of the project's own sets
-            (`clean`, `heldout`, `implant`, `validation`). `None` is `clean`.
+            (`SHIPPED`). `None` is `clean`.
         split: The split of a hub dataset.
 
     Rows may be Alpaca's (`instruction`, `input`, `output`), prompt-completion (`prompt` and `completion` or
