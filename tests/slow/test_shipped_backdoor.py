@@ -12,5 +12,5 @@ def test_the_shipped_backdoor_fires_on_its_trigger_and_hardly_without() -> None:
     triggered = trigger_rows(clean, TRIGGERS["badnets"], seed=1)
     result = evaluate(opened, BEHAVIORS["sentiment"], clean, triggered, max_new_tokens=8)
     assert result.attack_success.hits >= 38
-    assert result.false_trigger.hits <= 8
+    assert result.false_trigger.hits <= 2
     assert result.degenerate.hits <= 1

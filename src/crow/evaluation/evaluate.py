@@ -158,7 +158,7 @@ def evaluate(
     )
 
 
-_PROFILE_PROMPTS = 32
+_PROFILE_PROMPTS = 16
 
 
 def prompt_profile(opened: OpenedModel, rows: Sequence[Example]) -> list[float]:
