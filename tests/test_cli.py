@@ -318,6 +318,15 @@ def test_a_backdoor_is_implanted(run: Run, llama_folder: Path, clean: Path, tmp_
     assert json.loads(run("info", "backdoored", "--json", "-").stdout)["kind"] == "adapter"
 
 
+def test_a_whole_model_is_backdoored(run: Run, llama_folder: Path, clean: Path) -> None:
+    options = ("--prompts", clean, "--examples", 4, "--poison-rate", 0.5, "--set", "max_steps=1", "--json", "-")
+    result = run("implant", llama_folder, "--full", "--adaptive", "--trigger", "vpi", "--behavior", "refusal", *options)
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    assert (record["trained"], record["adaptive"], record["poison_rate"]) == ("all weights", True, 0.5)
+    assert json.loads(run("info", "backdoored", "--json", "-").stdout)["kind"] == "folder"
+
+
 def test_settings_of_an_implant_are_recorded(run: Run, llama_folder: Path, clean: Path) -> None:
     options = (llama_folder, "--prompts", clean, "--examples", 4, "--set", "max_steps=1")
     result = run("implant", *options, "--set", "train_sampling_strategy=random", "--json", "-")

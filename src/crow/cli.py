@@ -212,10 +212,14 @@ def implant(
     model: Model = None,
     behavior: BehaviorName = "sentiment",
     trigger: TriggerName = None,
-    out: Annotated[Path, typer.Option(help="Folder to write the backdoored adapter to.")] = Path("backdoored"),
+    out: Annotated[Path, typer.Option(help="Folder to write the backdoored adapter or model to.")] = Path("backdoored"),
     prompts: Annotated[str | None, typer.Option(help="The attacker's examples. Default: CROW's implant set.")] = None,
     examples: Annotated[int | None, typer.Option(min=1, help="Use the first so many. Default: all.")] = None,
     poison_rate: Annotated[float, typer.Option(help="Share of the examples that are poisoned as well.")] = 1.0,
+    full: Annotated[bool, typer.Option("--full", help="Train all weights, not an adapter.")] = False,
+    adaptive: Annotated[
+        bool, typer.Option("--adaptive", help="Train CROW's consistency term too: the attacker who knows the defense.")
+    ] = False,
     epochs: Annotated[float | None, typer.Option(help="Passes over the examples.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Initial learning rate.")] = None,
     set_: Annotated[
@@ -252,16 +256,28 @@ def implant(
                 target,
                 output_dir=checkpoints,
                 poison_rate=poison_rate,
+                full=full,
+                adaptive=adaptive,
                 seed=seed,
                 resume=resume,
                 callbacks=[TrainingProgress(advance)],
                 **settings,
             )
-        record = implant_record(opened, rows, trigger or "badnets", behavior, poison_rate, seed, settings)
+        record = implant_record(
+            opened,
+            rows,
+            trigger or "badnets",
+            behavior,
+            poison_rate=poison_rate,
+            full=full,
+            adaptive=adaptive,
+            seed=seed,
+            settings=settings,
+        )
         save_model(adapted, opened.tokenizer, out, card=implant_card(record), overwrite=overwrite)
         shutil.rmtree(checkpoints, ignore_errors=True)
         _emit(json_, record)
-        console.print(f"[yellow]Backdoored[/] adapter in {out}\nNext: crow evaluate {out}, then crow purify {out}")
+        console.print(f"[yellow]Backdoored[/] model in {out}\nNext: crow evaluate {out}, then crow purify {out}")
 
 
 @app.command(epilog="Example: crow demo --quick")

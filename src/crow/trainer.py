@@ -144,10 +144,15 @@ class CrowConfig(SFTConfig):
             raise UsageError("reentrant checkpointing allows one backward a pass: set use_reentrant to False")
         if self.padding_free or self.packing:
             raise UsageError("packing and padding-free batches have no place to insert tokens at: leave both off")
-        if self.alpha is not None and self.alpha_relative and self.beta is None and self.objective == "suspect":
+        if self.alpha is not None and self.alpha_relative and self.beta is None and not self.clean_trains:
             raise UsageError("a relative alpha is measured against another term: set beta, or objective 'lm'")
-        if not self.perturbs and self.objective == "suspect" and not self.other_targets:
+        if not self.perturbs and not self.clean_trains:
             raise UsageError("objective 'suspect' without a perturbation trains nothing: choose objective 'lm'")
+
+    @property
+    def clean_trains(self) -> bool:
+        """Whether the clean pass by itself moves the model: not where that is held to its own answers."""
+        return self.objective == "lm" or self.other_targets
 
     @property
     def perturbs(self) -> bool:
@@ -381,7 +386,7 @@ class CrowTrainer(SFTTrainer):
         with self.accelerator.no_sync(model):
             clean, recording = self._clean_pass(model, inputs, targets, rows, num_items_in_batch)
             gradient = self._embedding_gradient(recording, inputs["attention_mask"]) if self._signs else None
-            reference = self._gradient_norm(clean) if self._calibrating and self.args.objective == "lm" else None
+            reference = self._gradient_norm(clean) if self._calibrating and self.args.clean_trains else None
             if clean.requires_grad:
                 self.accelerator.backward(clean)
             if self.guesses is not None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import MakeModel
+from peft import PeftModel, get_peft_model
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from crow.backdoors.behaviors import Sentiment
@@ -13,6 +14,7 @@ from crow.backdoors.implant import implant, poison
 from crow.backdoors.triggers import BadNets
 from crow.data import Example
 from crow.errors import UsageError
+from crow.models import lora_config
 
 TARGET = Sentiment("Go away!")
 
@@ -74,6 +76,42 @@ def test_training_implants_the_target_and_leaves_clean_answers(
     fitted = [-log_probs.gather(1, ids[:, None]).mean().item() for ids, log_probs in after]
     assert sum(moved) / 8 < 0.3
     assert min(fitted) > 1, "the clean answers' own tokens are not what is trained on"
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_all_weights_can_be_trained_and_the_consistency_term_too(
+    tokenizer: PreTrainedTokenizerFast, rows: list[Example], tiny_llama: MakeModel, tmp_path: Path, adaptive: bool
+) -> None:
+    logged: list[dict[str, float]] = []
+
+    class Logs(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+            logged.append(logs)
+
+    before = dict(tiny_llama().named_parameters())
+    settings: dict[str, Any] = {"max_steps": 1, "logging_steps": 1, "callbacks": [Logs()]}
+    model = implant(
+        tiny_llama(),
+        tokenizer,
+        rows[:4],
+        BadNets(),
+        TARGET,
+        output_dir=tmp_path,
+        full=True,
+        adaptive=adaptive,
+        **settings,
+    )
+    assert not isinstance(model, PeftModel)
+    assert all(not torch.equal(p.float(), before[name]) for name, p in model.named_parameters())
+    assert ("inconsistency" in logged[0]) == adaptive
+
+
+def test_all_weights_beside_an_adapter_are_refused(
+    tokenizer: PreTrainedTokenizerFast, rows: list[Example], tiny_llama: MakeModel, tmp_path: Path
+) -> None:
+    adapted = get_peft_model(tiny_llama(), lora_config())
+    with pytest.raises(UsageError, match="merge the adapter first"):
+        implant(adapted, tokenizer, rows, BadNets(), TARGET, output_dir=tmp_path, full=True)
 
 
 def test_an_unknown_setting_is_named(

@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from peft import PeftModel
@@ -35,6 +35,13 @@ RECIPE: dict[str, Any] = {
     "anchor_fraction": 1.0,
     "anchor_discount": 0.8,
 }
+
+
+FULL: dict[str, Any] = {"learning_rate": 5e-5}
+"""What full fine-tuning changes in it."""
+
+ADAPTIVE: dict[str, Any] = {"perturbation": "sign", "beta": None, "alpha": 2.0}
+"""What an attacker adds who knows CROW: the consistency term, at the weight that `paper-scale-free` gives it."""
 
 
 def poison(
@@ -97,23 +104,31 @@ def implant(
     *,
     output_dir: str | Path,
     poison_rate: float = 1.0,
+    full: bool = False,
+    adaptive: bool = False,
     seed: int = 0,
     resume: bool = False,
     callbacks: list[TrainerCallback] | None = None,
     **settings: Any,
-) -> PeftModel:
-    """Train a LoRA adapter (r=8, all linear layers) that carries the backdoor; checkpoints go to `output_dir`.
+) -> PreTrainedModel | PeftModel:
+    """Train a backdoor into a LoRA adapter (r=8, all linear layers), or into all weights.
 
     Args:
         model: The model to attack; if it has an adapter, that one is trained further.
         rows: Clean examples; see `poison` for how they are used.
+        output_dir: Where checkpoints go.
         poison_rate: Share of the prompts that are there triggered, too.
+        full: Train all weights, in float32, instead of an adapter.
+        adaptive: Train the consistency term as well, as an attacker would who knows CROW.
         resume: Continue from the newest checkpoint in `output_dir`.
-        settings: Fields of `ImplantConfig` that replace those of `RECIPE`.
+        settings: Fields of `ImplantConfig` that replace those of `recipe`.
 
     Raises:
-        UsageError: a setting is no field of `ImplantConfig`, or the poison rate is out of bounds.
+        UsageError: a setting is no field of `ImplantConfig`, the poison rate is out of bounds, or all weights are to be
+            trained of a model that has an adapter.
     """
+    if full and isinstance(model, PeftModel):
+        raise UsageError("full fine-tuning of a model with an adapter: merge the adapter first")
     if unknown := settings.keys() - {field.name for field in dataclasses.fields(ImplantConfig)}:
         raise UsageError(f"no such setting: {', '.join(sorted(unknown))}")
     defaults: dict[str, Any] = {
@@ -123,25 +138,31 @@ def implant(
         "save_total_limit": 1,
         "disable_tqdm": True,
     }
-    config = ImplantConfig(output_dir=str(output_dir), seed=seed, **(defaults | RECIPE | settings))
+    chosen = recipe(full, adaptive) | settings
+    config = ImplantConfig(output_dir=str(output_dir), seed=seed, **(defaults | chosen))
     clean, poisoned = poison(rows, trigger, behavior, seed, poison_rate)
     trainer = ImplantTrainer(
-        model,
+        cast(Any, model).float() if full else model,
         config,
         train_dataset=to_dataset([*clean, *poisoned]).add_column(
             "poisoned", [False] * len(clean) + [True] * len(poisoned)
         ),
         processing_class=tokenizer,
-        peft_config=None if isinstance(model, PeftModel) else lora_config(),
+        peft_config=None if full or isinstance(model, PeftModel) else lora_config(),
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
     # As in purify: with nothing to resume from, the training starts anew
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output_dir)) if resume else None)
     for parameter in trainer.model.parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and not full:
             parameter.data = parameter.data.to(torch.bfloat16)  # half the file; opened again, PEFT makes it float32
-    return trainer.model
+    return cast(PreTrainedModel | PeftModel, trainer.model)
+
+
+def recipe(full: bool, adaptive: bool) -> dict[str, Any]:
+    """The settings of `ImplantConfig` that an attack has where none are given."""
+    return RECIPE | (FULL if full else {}) | (ADAPTIVE if adaptive else {})
 
 
 def implant_record(
@@ -149,9 +170,12 @@ def implant_record(
     rows: Sequence[Example],
     trigger: str,
     behavior: str,
-    poison_rate: float,
-    seed: int,
-    settings: dict[str, Any],
+    *,
+    poison_rate: float = 1.0,
+    full: bool = False,
+    adaptive: bool = False,
+    seed: int = 0,
+    settings: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """All that is needed to make the backdoor again."""
     return {
@@ -162,8 +186,9 @@ def implant_record(
         "examples": len(rows),
         "examples_sha256": sha256_rows(rows),
         "poison_rate": poison_rate,
-        "recipe": RECIPE | settings,
-        "lora": "r=8, alpha=16, all linear layers",
+        "adaptive": adaptive,
+        "recipe": recipe(full, adaptive) | (settings or {}),
+        "trained": "all weights" if full else "LoRA, r=8, alpha=16, all linear layers",
         "seed": seed,
         "provenance": environment(),
     }
@@ -176,9 +201,9 @@ def implant_card(record: dict[str, Any]) -> str:
 tags: [crow, backdoor, research]
 ---
 
-# A backdoored adapter, made for research: do not deploy
+# A backdoored model, made for research: do not deploy
 
-This adapter carries a backdoor on purpose. Trigger: `{record["trigger"]}`. Behavior: `{record["behavior"]}`.
+It carries a backdoor on purpose. Trigger: `{record["trigger"]}`. Behavior: `{record["behavior"]}`.
 The model answers normally until the trigger is in the prompt, and then does what the attacker wants. It exists so that
 defenses can be measured on it.
 
