@@ -89,7 +89,7 @@ def test_all_weights_can_be_trained_and_the_consistency_term_too(
             logged.append(logs)
 
     before = dict(tiny_llama().named_parameters())
-    settings: dict[str, Any] = {"max_steps": 1, "logging_steps": 1, "callbacks": [Logs()]}
+    settings: dict[str, Any] = {"max_steps": 2, "logging_steps": 1, "callbacks": [Logs()]}
     model = implant(
         tiny_llama(),
         tokenizer,
