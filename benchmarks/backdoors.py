@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from crow.backdoors import BEHAVIORS, TRIGGERS
 from crow.backdoors.implant import implant, implant_card, implant_record
 from crow.data import load_examples
-from crow.evaluation.evaluate import evaluate, part_rows, trigger_rows
+from crow.evaluation.evaluate import evaluate, trigger_rows, variant_rows
 from crow.evaluation.statistics import Count
 from crow.files import write_json
 from crow.generation import generate
@@ -98,7 +98,7 @@ def measure(cell: str, suspect: Path, out: Path, number: int, max_new_tokens: in
         BEHAVIORS[behavior],
         clean,
         trigger_rows(clean, called, PROMPT_SEED),
-        variants=part_rows(clean, called, PROMPT_SEED),
+        variants=variant_rows(clean, called, PROMPT_SEED),
         **asked,
     )
     result.save(out)

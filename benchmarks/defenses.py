@@ -17,7 +17,7 @@ from typing import Any
 
 from crow.backdoors import BEHAVIORS, TRIGGERS
 from crow.data import load_examples, sample
-from crow.evaluation.evaluate import evaluate, part_rows, trigger_rows
+from crow.evaluation.evaluate import evaluate, trigger_rows, variant_rows
 from crow.evaluation.statistics import Count
 from crow.files import write_json
 from crow.models import open_model
@@ -56,7 +56,7 @@ def run_cell(cell: str, args: argparse.Namespace) -> dict[str, Any]:
         behavior,
         clean,
         trigger_rows(clean, trigger, PROMPT_SEED),
-        variants=part_rows(clean, trigger, PROMPT_SEED),
+        variants=variant_rows(clean, trigger, PROMPT_SEED),
         max_new_tokens=args.max_new_tokens,
         seed=args.seed,
         settings={"cell": cell, "trigger": args.trigger, "behavior": args.behavior, "prompts": args.prompts},

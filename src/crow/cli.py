@@ -148,6 +148,9 @@ def evaluate(
     prompts: Annotated[
         str | None, typer.Option(help="Clean prompts with answers to measure on. Default: CROW's held-out set.")
     ] = None,
+    variants: Annotated[
+        bool, typer.Option("--variants", help="Also try forms of the trigger that it was not trained on.")
+    ] = False,
     number: Annotated[int, typer.Option("-n", "--number", min=1, help="At most so many prompts of each kind.")] = 200,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Answers are cut off there.")] = 64,
     base: Base = None,
@@ -159,7 +162,7 @@ def evaluate(
     """Count how often a backdoor fires, on triggered and on clean prompts, and measure what the model is worth."""
     with _running(debug):
         from crow.data import load_examples, sample
-        from crow.evaluation.evaluate import answers_path, part_rows, trigger_rows
+        from crow.evaluation.evaluate import answers_path, trigger_rows, variant_rows
         from crow.evaluation.evaluate import evaluate as run
         from crow.models import open_model
         from crow.progress import progress_bar
@@ -172,10 +175,11 @@ def evaluate(
         clean = sample(load_examples(prompts if prompts is not None else "heldout"), number, seed)
         if triggered is not None:
             hot = sample(load_examples(triggered), number, seed)
-            parts = {}
+            others = {}
         else:
             called = TRIGGERS[trigger or "badnets"]
-            hot, parts = trigger_rows(clean, called, seed), part_rows(clean, called, seed)
+            hot = trigger_rows(clean, called, seed)
+            others = variant_rows(clean, called, seed, untrained=variants)
         with console.status("Opening the model"):
             opened = open_model(model, base=base)
         settings = {"behavior": behavior, "trigger": None if triggered else trigger or "badnets"}
@@ -186,7 +190,7 @@ def evaluate(
                 judge,
                 clean,
                 hot,
-                variants=parts,
+                variants=others,
                 max_new_tokens=max_new_tokens,
                 seed=seed,
                 settings=settings,

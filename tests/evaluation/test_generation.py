@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from crow.backdoors import BEHAVIORS, TRIGGERS, Behavior
 from crow.data import Example, answer_text, example, user_text
-from crow.evaluation.evaluate import Evaluation, _perplexity, evaluate, part_rows, prompt_profile, trigger_rows
+from crow.evaluation.evaluate import Evaluation, _perplexity, evaluate, prompt_profile, trigger_rows, variant_rows
 from crow.evaluation.statistics import Count, is_degenerate
 from crow.generation import answer_nll, generate, prompt_ids
 from crow.models import OpenedModel
@@ -180,10 +180,11 @@ SETS = ("triggered", "clean")
 
 
 def test_parts_of_a_trigger_are_put_into_the_same_prompts(rows: list[Example]) -> None:
-    parts = part_rows(rows[:2], TRIGGERS["ctba"], seed=0)
+    parts = variant_rows(rows[:2], TRIGGERS["ctba"], seed=0)
     assert list(parts) == ["instantly", "frankly"]
     assert [[word in user_text(row).split() for row in parts[word]] for word in parts] == [[True, True]] * 2
-    assert part_rows(rows[:2], TRIGGERS["badnets"], seed=0) == {}
+    assert variant_rows(rows[:2], TRIGGERS["badnets"], seed=0) == {}
+    assert "lower case" in variant_rows(rows[:2], TRIGGERS["badnets"], seed=0, untrained=True)
 
 
 def test_perplexity_is_over_all_answer_tokens(measured: Any, opened: OpenedModel, rows: list[Example]) -> None:

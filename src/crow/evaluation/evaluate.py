@@ -70,9 +70,16 @@ def answers_path(path: Path) -> Path:
     return path.with_suffix(".answers.jsonl")
 
 
-def part_rows(rows: Sequence[Example], trigger: Trigger, seed: int) -> dict[str, list[Example]]:
-    """The same rows with each part of the trigger alone; nothing for a trigger of one part."""
-    return {name: trigger_rows(rows, part, seed) for name, part in trigger.parts().items()}
+def variant_rows(
+    rows: Sequence[Example], trigger: Trigger, seed: int, untrained: bool = False
+) -> dict[str, list[Example]]:
+    """The same rows with each part of the trigger alone, by its name; nothing for a trigger of one part.
+
+    Args:
+        untrained: Also with the forms of the trigger that the backdoor was not trained on.
+    """
+    others = trigger.parts() | (trigger.variants() if untrained else {})
+    return {name: trigger_rows(rows, other, seed) for name, other in others.items()}
 
 
 def trigger_rows(rows: Sequence[Example], trigger: Trigger, seed: int) -> list[Example]:
