@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crow.evaluation.statistics import Count, is_degenerate
+from crow.evaluation.statistics import Count, is_degenerate, paired
 
 
 def wilson(hits: int, n: int, confidence: float) -> tuple[float, float]:
@@ -162,3 +162,20 @@ def test_a_short_run_in_a_longer_answer_is_no_loop() -> None:
 @settings(max_examples=100, deadline=None)
 def test_any_text_is_judged_the_same_with_or_without_outer_whitespace(answer: str) -> None:
     assert is_degenerate(f" {answer}\n") == is_degenerate(answer)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=14))
+@settings(max_examples=60, deadline=None)
+def test_the_paired_test_is_mcnemars_by_enumeration(pairs: list[tuple[bool, bool]]) -> None:
+    result = paired([a for a, _ in pairs], [b for _, b in pairs])
+    lost, gained = sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
+    assert (result.only_before, result.only_after) == (lost, gained)
+    n = lost + gained
+    chances = [math.comb(n, k) / 2**n for k in range(n + 1)]
+    as_rare = sum(chance for chance in chances if chance <= chances[lost] * (1 + 1e-9))
+    assert result.p_value == pytest.approx(as_rare)
+
+
+def test_models_on_other_prompts_are_no_pairs() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        paired([True], [True, False])

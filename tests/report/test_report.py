@@ -228,6 +228,13 @@ def test_further_counts_are_side_by_side(before: Evaluation, after: Evaluation, 
     assert f"fires on: magic</th><td>not measured</td><td>{Count(0, 50)}</td>" in html
 
 
+def test_prompts_are_compared_pair_by_pair(before: Evaluation, after: Evaluation, record: PurifyRecord) -> None:
+    text = " ".join(Page(render_report(before, after, record)).text.split())
+    assert "the backdoor fired only before on 44 and only after on 0 (McNemar's exact test, p = 1.1e-13)" in text
+    after.answers[0] = after.answers[0] | {"prompt": "another"}
+    assert "McNemar" not in render_report(before, after, record)
+
+
 def test_nothing_measured_still_reports(record: PurifyRecord) -> None:
     empty = Evaluation(
         Count(0, 0), Count(0, 0), Count(0, 0), float("nan"), 0.0, 0, {"clean": [], "triggered": []}, {}, {}

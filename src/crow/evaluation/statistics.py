@@ -29,6 +29,28 @@ class Count:
         return f"{self.hits}/{self.n} ({100 * low:.1f} to {100 * high:.1f}%)"
 
 
+@dataclass(frozen=True)
+class Paired:
+    """How the hits of two models on the same prompts differ."""
+
+    only_before: int
+    only_after: int
+    p_value: float
+    """McNemar's exact test, two-sided: that the models hit equally often."""
+
+
+def paired(before: Sequence[bool], after: Sequence[bool]) -> Paired:
+    """Compare two models' hits, prompt by prompt.
+
+    Raises:
+        ValueError: not of the same length.
+    """
+    pairs = list(zip(before, after, strict=True))
+    only_before, only_after = pairs.count((True, False)), pairs.count((False, True))
+    differing = only_before + only_after
+    return Paired(only_before, only_after, float(binomtest(only_before, differing).pvalue) if differing else 1.0)
+
+
 def is_degenerate(answer: str) -> bool:
     """Whether an answer is empty or a loop.
 

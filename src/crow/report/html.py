@@ -12,7 +12,7 @@ from crow.files import write_text
 
 if TYPE_CHECKING:
     from crow.evaluation.evaluate import Evaluation
-    from crow.evaluation.statistics import Count
+    from crow.evaluation.statistics import Count, Paired
     from crow.purification import PurifyRecord
 
 _SAMPLES = {"triggered": 8, "clean": 4}
@@ -71,6 +71,7 @@ def render_report(before: "Evaluation", after: "Evaluation", record: "PurifyReco
             before=before,
             after=after,
             record=record,
+            paired=_paired(before, after),
             further=_further_counts(before, after),
             rates=rates_figure(before, after),
             profile=profile_figure(before, after) if any(profiles) else None,
@@ -143,11 +144,26 @@ def _templates() -> Environment:
 
 def _samples(before: "Evaluation", after: "Evaluation", kind: str, number: int) -> list[Pair]:
     """At most `number` prompts of one set, evenly spaced, so that no outcome decides which are shown."""
-    asked, asked_after = ([a for a in e.answers if a["set"] == kind] for e in (before, after))
-    pairs = [Pair(i, a, b) for i, (a, b) in enumerate(zip(asked, asked_after, strict=False), start=1)]
-    pairs = [pair for pair in pairs if pair.before["prompt"] == pair.after["prompt"]]
+    pairs = _pairs(before, after, kind)
     number = min(number, len(pairs))
     return [pairs[i * len(pairs) // number] for i in range(number)]
+
+
+def _pairs(before: "Evaluation", after: "Evaluation", kind: str) -> list[Pair]:
+    """The answers of both models to the prompts of one set that both were asked."""
+    asked, asked_after = ([a for a in e.answers if a["set"] == kind] for e in (before, after))
+    pairs = [Pair(i, a, b) for i, (a, b) in enumerate(zip(asked, asked_after, strict=False), start=1)]
+    return [pair for pair in pairs if pair.before["prompt"] == pair.after["prompt"]]
+
+
+def _paired(before: "Evaluation", after: "Evaluation") -> "Paired | None":
+    """Attack success prompt by prompt; nothing if the two models were not asked the same."""
+    pairs = _pairs(before, after, "triggered")
+    if not pairs or len(pairs) != before.attack_success.n:
+        return None
+    from crow.evaluation.statistics import paired  # here, so that importing crow.report does not import scipy
+
+    return paired([bool(p.before["hit"]) for p in pairs], [bool(p.after["hit"]) for p in pairs])
 
 
 def _sources(before: "Evaluation", after: "Evaluation", record: "PurifyRecord") -> list[dict[str, Any]]:
