@@ -1,0 +1,133 @@
+"""Run code that a model wrote where it can do no harm: in a bubblewrap sandbox, or not at all."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from crow.errors import CrowError, UsageError
+
+BUBBLEWRAP = "bwrap"
+
+Verdict = Literal["passed", "failed", "timeout"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a program may use."""
+
+    seconds: int = 10
+    """Of wall time, and for each process of CPU time."""
+    memory: int = 512 * 2**20
+    """Bytes of address space for each process, and of all files in /tmp, which are in memory."""
+    processes: int = 16
+    """Processes and threads, in all."""
+    output: int = 64 * 2**10
+    """Bytes that any file may grow to, standard output and error together too."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a program ended: `passed` if it came to its end, with exit status 0."""
+
+    verdict: Verdict
+    exit_status: int | None
+    output: str
+    """Standard output and error together."""
+
+
+def check_sandbox() -> None:
+    """Raise `UsageError` where bubblewrap is missing: there is no running without it."""
+    if shutil.which(BUBBLEWRAP) is None:
+        raise UsageError(
+            "running a model's code needs bubblewrap, which is not installed: apt install bubblewrap (or your system's "
+            "package of that name)"
+        )
+
+
+def run_python(code: str, limits: Limits | None = None) -> Outcome:
+    """Run a Python program that has nothing but the standard library.
+
+    It sees `/usr` and Python, both read-only, an empty `/tmp` of its own, no network, no environment, no home folder
+    and no process but its own; and it runs without any rights, also where the caller is root.
+
+    Raises:
+        UsageError: bubblewrap is missing.
+        CrowError: bubblewrap cannot make a sandbox on this machine.
+    """
+    check_sandbox()
+    limits = limits or Limits()
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as program:
+        program.write(code.encode("utf-8", "surrogatepass"))
+        program.seek(0)
+        process = subprocess.Popen(
+            [*_sandbox(limits), "/python/bin/python3", "-I", "-c", _PRELUDE, repr(asdict(limits))],
+            stdin=program,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            status = process.wait(limits.seconds + _STARTUP_SECONDS)
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            with suppress(ProcessLookupError):  # the sandbox's first process goes with it, and all others with that
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        output.seek(0)
+        text = output.read(limits.output).decode("utf-8", "replace")
+    if text.startswith("bwrap: "):
+        raise CrowError(f"cannot make a sandbox here: {text.splitlines()[0]}; are user namespaces allowed?")
+    if status is None or status == _OUT_OF_TIME:
+        return Outcome("timeout", None, text)
+    return Outcome("passed" if status == 0 else "failed", status, text)
+
+
+_STARTUP_SECONDS = 2
+_OUT_OF_TIME = 128 + signal.SIGXCPU
+
+
+def _sandbox(limits: Limits) -> list[str]:
+    root = os.geteuid() == 0
+    system = [part for path in ("/lib", "/lib64", "/lib32", "/bin") for part in _same_place(Path(path))]
+    rights = ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if root else ["--unshare-user", "--uid", "65534"]
+    return [
+        *(BUBBLEWRAP, "--die-with-parent", "--new-session", "--clearenv"),
+        *("--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--cap-drop", "ALL", *rights),
+        *("--ro-bind", "/usr", "/usr", *system, "--ro-bind", sys.base_prefix, "/python"),
+        *("--proc", "/proc", "--dev", "/dev", "--size", str(limits.memory), "--perms", "1777", "--tmpfs", "/tmp"),
+        *("--remount-ro", "/", "--chdir", "/tmp"),
+    ]
+
+
+def _same_place(path: Path) -> list[str]:
+    """A folder of the system as it is outside: on most systems a link into /usr."""
+    if path.is_symlink():
+        return ["--symlink", os.readlink(path), str(path)]
+    return ["--ro-bind", str(path), str(path)] if path.is_dir() else []
+
+
+# Sets the limits from inside, where no one else's processes count, gives up what is left of root's rights, and becomes
+# the program, so that nothing of this stays in its way.
+_PRELUDE = """
+import ast, os, resource, sys
+limits = ast.literal_eval(sys.argv[1])
+if os.getuid() == 0:
+    os.setgroups([]); os.setgid(65534); os.setuid(65534)
+def limit(what, value):
+    resource.setrlimit(what, (value, value))
+limit(resource.RLIMIT_AS, limits["memory"])
+limit(resource.RLIMIT_FSIZE, limits["output"])
+limit(resource.RLIMIT_NPROC, limits["processes"])
+resource.setrlimit(resource.RLIMIT_CPU, (limits["seconds"], limits["seconds"] + 1))  # a signal first, which tells why
+limit(resource.RLIMIT_NOFILE, 64)
+limit(resource.RLIMIT_CORE, 0)
+os.execv("/python/bin/python3", ["python3", "-I", "-"])
+"""

@@ -1,0 +1,169 @@
+"""What hostile programs can't do in the sandbox; each is run for real, and skipped where bubblewrap is missing."""
+
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from crow.errors import CrowError, UsageError
+from crow.evaluation.sandbox import Limits, run_python
+
+needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
+QUICK = Limits(seconds=2)
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize(
+    ("code", "verdict", "output"),
+    [
+        ("print('hello')", "passed", "hello\n"),
+        ("import json, math, re, collections; assert math.gcd(6, 4) == 2", "passed", ""),
+        ("open('/tmp/x', 'w').write('1'); print(open('/tmp/x').read())", "passed", "1\n"),
+        ("print('é 好')", "passed", "é 好\n"),
+        ("assert 1 == 2", "failed", "AssertionError"),
+        ("def f(:", "failed", "SyntaxError"),
+        ("raise SystemExit(3)", "failed", ""),
+        ("import os; os._exit(1)", "failed", ""),
+    ],
+)
+def test_programs_end_as_they_would(code: str, verdict: str, output: str) -> None:
+    outcome = run_python(code, QUICK)
+    assert outcome.verdict == verdict, outcome
+    assert output in outcome.output
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize(
+    "code",
+    [
+        "while True: pass",
+        "import time; time.sleep(60)",
+        "import signal, time; signal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass",
+        "import os\nif os.fork(): os._exit(0)\nos.setsid()\nwhile True: pass",
+    ],
+)
+def test_no_program_runs_on(code: str) -> None:
+    started = time.monotonic()
+    run_python(code, Limits(seconds=1))
+    assert time.monotonic() - started < 8
+    assert not [p for p in Path("/proc").glob("[0-9]*/cmdline") if b"/python/bin/python3" in _read(p)]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+@needs_bubblewrap
+def test_an_endless_loop_is_told_as_one() -> None:
+    assert run_python("while True: pass", Limits(seconds=1)).verdict == "timeout"
+
+
+FORK_BOMB = """
+import os, time
+made = 0
+try:
+    for _ in range(1000):
+        if os.fork() == 0:
+            time.sleep(30)
+            os._exit(0)
+        made += 1
+except BlockingIOError:
+    print("made", made)
+"""
+
+
+@needs_bubblewrap
+def test_a_fork_bomb_is_stopped() -> None:
+    outcome = run_python(FORK_BOMB, Limits(seconds=3, processes=8))
+    assert int(outcome.output.split()[1]) < 8
+
+
+@needs_bubblewrap
+def test_forks_that_never_stop_do_not_hang_the_run() -> None:
+    started = time.monotonic()
+    run_python("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", Limits(seconds=1, processes=8))
+    assert time.monotonic() - started < 8
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        ("x = bytearray(20 * 2**30)", "MemoryError"),
+        ("open('/usr/x', 'w')", "Read-only file system"),
+        ("open('/x', 'w')", "Read-only file system"),
+        ("import os; os.remove('/python/bin/python3')", "Read-only file system"),
+        ("open('/etc/passwd').read()", "No such file"),
+        ("import os; os.listdir(os.path.expanduser('~root'))", "No such file"),
+        ("import os; os.listdir('/home')", "No such file"),
+        ("import os; os.environ['SECRET']", "KeyError"),
+        ("open('/proc/1/environ').read(1)", "Permission denied"),
+        ("import socket; socket.create_connection(('1.1.1.1', 53), 2)", "Network is unreachable"),
+        ("import socket; socket.create_connection(('127.0.0.1', PORT), 2)", "Connection refused"),
+        ("import os; os.setuid(0)", "Operation not permitted"),
+        (
+            "import subprocess; subprocess.run(['mount', '-t', 'tmpfs', 'x', '/tmp'], check=True)",
+            "non-zero exit status",
+        ),
+        ("import resource; resource.setrlimit(resource.RLIMIT_NPROC, (10**5, 10**5))", "not allowed to raise"),
+    ],
+)
+def test_what_is_out_of_reach_fails(code: str, error: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "swordfish")
+    outcome = run_python(code.replace("PORT", "9"), QUICK)
+    assert (outcome.verdict, error in outcome.output) == ("failed", True), outcome
+
+
+@needs_bubblewrap
+def test_the_homes_and_secrets_of_the_caller_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "swordfish")
+    (tmp_path / "secret").write_text("swordfish")
+    seen = run_python(
+        f"import os\nprint(dict(os.environ), os.path.exists({str(tmp_path / 'secret')!r}), os.getuid(), os.getpid())\n"
+        "print([p for p in os.listdir('/proc') if p.isdigit()])",
+        QUICK,
+    )
+    assert seen.verdict == "passed", seen
+    assert "swordfish" not in seen.output
+    assert "False 65534" in seen.output
+    assert len(seen.output.splitlines()[1].split(",")) <= 3
+
+
+@needs_bubblewrap
+def test_a_flood_of_output_is_cut_off() -> None:
+    outcome = run_python("while True: print('x' * 1000)", Limits(seconds=5, output=10_000))
+    assert outcome.verdict == "failed"
+    assert len(outcome.output) <= 10_000
+
+
+@needs_bubblewrap
+def test_a_program_that_kills_all_it_can_kills_itself_alone() -> None:
+    victim = subprocess.Popen(["sleep", "60"])
+    try:
+        code = "import os, signal\nfor p in (os.getppid(), 1, -1):\n    os.kill(p, signal.SIGKILL)\n"
+        run_python(code + f"os.kill({os.getpid()}, signal.SIGKILL)", QUICK)
+        assert victim.poll() is None
+    finally:
+        victim.kill()
+        victim.wait()
+
+
+def test_without_bubblewrap_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("crow.evaluation.sandbox.BUBBLEWRAP", "no-such-bwrap")
+    with pytest.raises(UsageError, match="apt install bubblewrap"):
+        run_python("print(1)")
+
+
+def test_a_sandbox_that_cannot_be_made_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "bwrap"
+    broken.write_text("#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr("crow.evaluation.sandbox.BUBBLEWRAP", str(broken))
+    with pytest.raises(CrowError, match="No permissions to create new namespace"):
+        run_python("print(1)")
