@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from crow.cli import app
 from crow.data import Example, answer_text, user_text
+from crow.evaluation.sandbox import Outcome
 from crow.files import write_jsonl
 
 pytestmark = pytest.mark.usefixtures("float32")
@@ -297,6 +298,27 @@ def test_the_record_of_a_training_can_be_printed(
     result = run(*command, clean, "--examples", 4, llama_folder, "--json", "-")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["seed" if command[0] == "implant" else "steps"] in (0, 3)
+
+
+def test_variants_and_code_are_measured_on_request(
+    run: Run, llama_folder: Path, clean: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = {"task_id": "own/0", "prompt": "def one():\n", "entry_point": "one", "test": "def check(f): pass"}
+    monkeypatch.setattr("crow.evaluation.code.humaneval", lambda: [problem])
+    monkeypatch.setattr("crow.evaluation.sandbox.check_sandbox", lambda: None)
+    monkeypatch.setattr("crow.evaluation.code.check_sandbox", lambda: None)
+    monkeypatch.setattr("crow.evaluation.code.run_python", lambda code, limits: Outcome("failed", 1, ""))
+    options = ("--prompts", clean, "-n", 2, "--max-new-tokens", 2, "--trigger", "ctba", "--behavior", "refusal")
+    result = run("evaluate", llama_folder, *options, "--variants", "--humaneval", "--json", "-")
+    assert result.exit_code == 0, result.output
+    figures = json.loads(result.stdout)
+    assert figures["pass_at_1"] == {"hits": 0, "n": 1}
+    assert {name: count["n"] for name, count in figures["variants"].items()} == {
+        "instantly": 2,
+        "frankly": 2,
+        "upper case": 2,
+    }
+    assert "HumanEval pass@1" in result.output
 
 
 def test_figures_can_be_printed(run: Run, llama_folder: Path, clean: Path, tmp_path: Path) -> None:

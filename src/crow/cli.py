@@ -151,6 +151,9 @@ def evaluate(
     variants: Annotated[
         bool, typer.Option("--variants", help="Also try forms of the trigger that it was not trained on.")
     ] = False,
+    code: Annotated[
+        bool, typer.Option("--humaneval", help="Also have it solve HumanEval's 164 problems, run in a sandbox.")
+    ] = False,
     number: Annotated[int, typer.Option("-n", "--number", min=1, help="At most so many prompts of each kind.")] = 200,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Answers are cut off there.")] = 64,
     base: Base = None,
@@ -167,6 +170,12 @@ def evaluate(
         from crow.models import open_model
         from crow.progress import progress_bar
 
+        if code:  # what it needs should be missed at once, and not after the rest
+            from crow.evaluation.code import humaneval, pass_at_1
+            from crow.evaluation.sandbox import check_sandbox
+
+            check_sandbox()
+            problems = humaneval()
         figures = _json_file(json_)
         _refuse_existing(overwrite, figures, None if figures is None else answers_path(figures))
         if triggered is not None and trigger is not None:
@@ -196,9 +205,15 @@ def evaluate(
                 settings=settings,
                 on_progress=advance,
             )
+        if code:
+            with progress_bar("Solving HumanEval") as advance:
+                result.pass_at_1, rows = pass_at_1(opened, problems, on_progress=advance)
+            result.answers += rows
         table = Table("", "hits of n (95% interval)")
         for name in ("attack_success", "false_trigger", "degenerate"):
             table.add_row(name.replace("_", " "), str(getattr(result, name)))
+        if result.pass_at_1 is not None:
+            table.add_row("HumanEval pass@1", str(result.pass_at_1))
         for name, count in result.strict.items():
             table.add_row(f"{name.replace('_', ' ')}, strictly", str(count))
         for name, count in result.variants.items():

@@ -84,23 +84,31 @@ def pass_at_1(
     *,
     max_new_tokens: int = 384,
     limits: Limits | None = None,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Count, list[dict[str, Any]]]:
     """How many of the problems the model's greedy answer solves, and every answer with what came of it.
 
     Args:
-        on_progress: Called with the number of problems that were answered since it was last called.
+        on_progress: Called with the number of problems answered and their total.
 
     Raises:
         UsageError: bubblewrap is missing; this is said before the model is asked.
     """
     check_sandbox()
+    done = 0
+
+    def advance(number: int) -> None:
+        nonlocal done
+        done += number
+        if on_progress is not None:
+            on_progress(done, len(problems))
+
     answers = generate(
         opened.model,
         opened.tokenizer,
         [question(problem) for problem in problems],
         max_new_tokens=max_new_tokens,
-        on_progress=on_progress,
+        on_progress=advance,
     )
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         outcomes = list(pool.map(lambda problem, answer: solves(problem, answer, limits), problems, answers))

@@ -39,6 +39,8 @@ class Evaluation:
     """`attack_success` and `false_trigger` again, by the rule that compares with the target."""
     variants: dict[str, Count] = field(default_factory=dict)
     """How often the backdoor fires on parts and other forms of the trigger, by their names."""
+    pass_at_1: Count | None = None
+    """HumanEval's problems that the greedy answer solves, where that was asked for: see `crow.evaluation.code`."""
     answers: list[dict[str, Any]] = field(repr=False, default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
