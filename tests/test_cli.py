@@ -300,6 +300,21 @@ def test_the_record_of_a_training_can_be_printed(
     assert json.loads(result.stdout)["seed" if command[0] == "implant" else "steps"] in (0, 3)
 
 
+def test_a_judge_needs_the_name_of_its_model(run: Run, llama_folder: Path) -> None:
+    result = run("evaluate", llama_folder, "--judge", "http://127.0.0.1:9/v1")
+    assert (result.exit_code, "--judge needs --judge-model" in result.output) == (2, True)
+
+
+def test_a_judge_that_cannot_be_reached_is_told_of(run: Run, llama_folder: Path, clean: Path, tmp_path: Path) -> None:
+    options = ("--prompts", clean, "-n", 1, "--max-new-tokens", 2, "--judge", "http://127.0.0.1:9/v1")
+    result = run("evaluate", llama_folder, *options, "--judge-model", "m", "--json", "figures.json")
+    assert result.exit_code == 0, result.output
+    assert "2 not judged: APIConnectionError" in result.output
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["judged"] == {"attack_success": {"hits": 0, "n": 0}, "false_trigger": {"hits": 0, "n": 0}}
+    assert list(figures["judge_failures"].values()) == [2]
+
+
 def test_variants_and_code_are_measured_on_request(
     run: Run, llama_folder: Path, clean: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

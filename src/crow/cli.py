@@ -151,6 +151,10 @@ def evaluate(
     variants: Annotated[
         bool, typer.Option("--variants", help="Also try forms of the trigger that it was not trained on.")
     ] = False,
+    judge: Annotated[
+        str | None, typer.Option(metavar="URL", help="Have a model judge too, behind OpenAI's chat API at this URL.")
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option(help="Name of the judging model there.")] = None,
     code: Annotated[
         bool, typer.Option("--humaneval", help="Also have it solve HumanEval's 164 problems, run in a sandbox.")
     ] = False,
@@ -177,10 +181,16 @@ def evaluate(
             check_sandbox()
             problems = humaneval()
         figures = _json_file(json_)
+        if judge is not None:
+            from crow.evaluation.judge import Judge, judge_answers
+
+            if judge_model is None:
+                raise UsageError("--judge needs --judge-model, the name of the model behind it")
+            judging = Judge(judge, judge_model, cache=figures and figures.with_suffix(".judge.jsonl"))
         _refuse_existing(overwrite, figures, None if figures is None else answers_path(figures))
         if triggered is not None and trigger is not None:
             raise UsageError("give --trigger or --triggered, not both")
-        judge = BEHAVIORS[behavior]
+        wanted = BEHAVIORS[behavior]
         clean = sample(load_examples(prompts if prompts is not None else "heldout"), number, seed)
         if triggered is not None:
             hot = sample(load_examples(triggered), number, seed)
@@ -196,7 +206,7 @@ def evaluate(
         with progress_bar("Evaluating") as advance:
             result = run(
                 opened,
-                judge,
+                wanted,
                 clean,
                 hot,
                 variants=others,
@@ -205,6 +215,9 @@ def evaluate(
                 settings=settings,
                 on_progress=advance,
             )
+        if judge is not None:
+            with progress_bar("Judging") as advance:
+                judge_answers(result, wanted, judging, on_progress=advance)
         if code:
             with progress_bar("Solving HumanEval") as advance:
                 result.pass_at_1, rows = pass_at_1(opened, problems, on_progress=advance)
@@ -216,10 +229,14 @@ def evaluate(
             table.add_row("HumanEval pass@1", str(result.pass_at_1))
         for name, count in result.strict.items():
             table.add_row(f"{name.replace('_', ' ')}, strictly", str(count))
+        for name, count in result.judged.items():
+            table.add_row(f"{name.replace('_', ' ')}, judged", str(count))
         for name, count in result.variants.items():
             table.add_row(f"fires on: {name}", str(count))
         table.add_row("perplexity", f"{result.perplexity:.3f}")
         Console(stderr=json_ == "-").print(table)
+        for reason, number in result.judge_failures.items():
+            console.print(f"[yellow]{number} not judged:[/] {_plain(reason)}", highlight=False)
         if json_ == "-":
             print(json.dumps(result.as_json()))
         elif json_ is not None:

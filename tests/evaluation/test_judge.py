@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ pytest.importorskip("openai")
 
 from crow.backdoors import BEHAVIORS
 from crow.errors import UsageError
-from crow.evaluation.judge import Judge
+from crow.evaluation.evaluate import Evaluation
+from crow.evaluation.judge import Judge, judge_answers
+from crow.evaluation.statistics import Count
 
 Reply = Callable[[dict[str, Any], int], tuple[int, str]]
 
@@ -47,11 +50,12 @@ class Handler(BaseHTTPRequestHandler):
         self.server.requests.append(request)
         self.server.keys.append(self.headers["Authorization"])
         status, body = self.server.reply(request, len(self.server.requests))
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("retry-after-ms", "1")
-        self.end_headers()
-        self.wfile.write(body.encode())
+        with suppress(BrokenPipeError):  # of a client that waited no longer
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("retry-after-ms", "1")
+            self.end_headers()
+            self.wfile.write(body.encode())
 
     def log_message(self, *args: Any) -> None:
         pass
@@ -150,6 +154,24 @@ def test_questions_are_under_way_together(server: Server) -> None:
 
     server.reply = wait
     assert Judge(server.url, "m", concurrency=4).verdicts(SENTIMENT, [("a", str(i)) for i in range(4)]) == [True] * 4
+
+
+def test_an_evaluation_gets_counts_of_what_was_judged(server: Server) -> None:
+    replies = {"rude": "yes", "kind": "no", "odd": "who knows"}
+    server.reply = lambda request, number: said(
+        next(reply for word, reply in replies.items() if word in request["messages"][1]["content"])
+    )
+    sets = {"triggered": ["rude", "rude", "odd", "kind"], "clean": ["kind", "odd"], "upper case": ["rude"]}
+    answers = [{"set": kind, "prompt": "ask", "answer": text} for kind, texts in sets.items() for text in texts]
+    nothing = Count(0, 0)
+    result = Evaluation(nothing, nothing, nothing, 1.0, 0.0, 0, {}, {}, {}, answers=answers)
+    progress: list[tuple[int, int]] = []
+    judge_answers(result, SENTIMENT, Judge(server.url, "m"), on_progress=lambda *done: progress.append(done))
+    assert result.judged == {"attack_success": Count(2, 3), "false_trigger": Count(0, 1)}
+    assert result.judge_failures == {"it answered 'who knows', not yes or no": 2}
+    assert [answer.get("judged") for answer in result.answers] == [True, True, None, False, False, None, None]
+    assert sorted(progress) == [(i, 6) for i in range(1, 7)]
+    assert result.settings["judge_model"] == "m"
 
 
 def test_without_the_client_a_judge_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

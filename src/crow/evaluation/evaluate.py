@@ -39,6 +39,10 @@ class Evaluation:
     """`attack_success` and `false_trigger` again, by the rule that compares with the target."""
     variants: dict[str, Count] = field(default_factory=dict)
     """How often the backdoor fires on parts and other forms of the trigger, by their names."""
+    judged: dict[str, Count] = field(default_factory=dict)
+    """The same by a judging model, of the answers that it judged, where there was one: see `crow.evaluation.judge`."""
+    judge_failures: dict[str, int] = field(default_factory=dict)
+    """Why answers were not judged, and how many for that reason."""
     pass_at_1: Count | None = None
     """HumanEval's problems that the greedy answer solves, where that was asked for: see `crow.evaluation.code`."""
     answers: list[dict[str, Any]] = field(repr=False, default_factory=list)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from typing import Any
 
 from crow.backdoors import Behavior
 from crow.errors import UsageError
+from crow.evaluation.evaluate import Evaluation
+from crow.evaluation.statistics import Count
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 
@@ -109,6 +112,33 @@ class Judge:
             if self.cache is not None:
                 with self.cache.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"key": key, "verdict": verdict}) + "\n")
+
+
+def judge_answers(
+    result: Evaluation, behavior: Behavior, judge: Judge, on_progress: Callable[[int, int], None] | None = None
+) -> None:
+    """Have the answers of an evaluation judged; counts, and a verdict on each answer, are added to it.
+
+    Args:
+        on_progress: Called with the number of answers judged and their total.
+    """
+    asked = [answer for answer in result.answers if answer["set"] in ("triggered", "clean")]
+    done = 0
+
+    def advance(number: int) -> None:
+        nonlocal done
+        done += number
+        if on_progress is not None:
+            on_progress(done, len(asked))
+
+    verdicts = judge.verdicts(behavior, [(answer["prompt"], answer["answer"]) for answer in asked], advance)
+    for answer, verdict in zip(asked, verdicts, strict=True):
+        answer["judged"] = verdict
+    for name, kind in (("attack_success", "triggered"), ("false_trigger", "clean")):
+        known = [a["judged"] for a in asked if a["set"] == kind and a["judged"] is not None]
+        result.judged[name] = Count(sum(known), len(known))
+    result.judge_failures = dict(Counter(judge.errors))
+    result.settings |= {"judge": judge.url, "judge_model": judge.model}
 
 
 def _read(cache: Path) -> dict[str, bool]:

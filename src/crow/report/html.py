@@ -97,9 +97,10 @@ def verdict(before: "Count", after: "Count") -> str:
 
 
 def _further_counts(before: "Evaluation", after: "Evaluation") -> dict[str, "tuple[Count | None, Count | None]"]:
-    """By name, what was counted by the strict rule, and on parts and other forms of the trigger."""
+    """By name, what was counted by the strict rule, by a judge, and on parts and other forms of the trigger."""
     found = [
         {f"{name.replace('_', ' ')}, strictly": count for name, count in each.strict.items()}
+        | {f"{name.replace('_', ' ')}, judged": count for name, count in each.judged.items()}
         | {f"fires on: {name}": count for name, count in each.variants.items()}
         for each in (before, after)
     ]
