@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -44,7 +45,8 @@ def generate(
     encoded = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     answers = [""] * len(prompts)
     model.eval()
-    for rows in token_batches([len(ids) + max_new_tokens for ids in encoded], tokens_per_batch):
+
+    def answer(rows: list[int]) -> None:
         batch = tokenizer.pad({"input_ids": [encoded[i] for i in rows]}, padding_side="left", return_tensors="pt")
         batch = batch.to(model.device)
         with torch.inference_mode(), contiguous_lm_head(base_model(model)):
@@ -54,12 +56,29 @@ def generate(
             answers[i] = text.strip()
         if on_progress is not None:
             on_progress(len(rows))
+
+    for rows in token_batches([len(ids) + max_new_tokens for ids in encoded], tokens_per_batch):
+        in_halves(rows, answer)
     return answers
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: list[Message]) -> list[int]:
     """A conversation as token ids, up to where the assistant is to answer."""
     return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]  # type: ignore[call-overload, index, no-any-return]
+
+
+def in_halves(rows: list[int], run: Callable[[list[int]], None]) -> None:
+    """Run a batch; where memory does not suffice, each half of it in its place, and so on down to single rows."""
+    try:
+        run(rows)
+        return
+    except Exception as error:
+        if len(rows) == 1 or not should_reduce_batch_size(error):
+            raise
+    clear_device_cache(garbage_collection=True)  # not before the error is gone, which holds the batch's tensors
+    middle = len(rows) // 2
+    in_halves(rows[:middle], run)
+    in_halves(rows[middle:], run)
 
 
 def token_batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[list[int]]:
@@ -93,7 +112,8 @@ def answer_nll(
         encoded.append((whole, len(start)))
     results: list[tuple[float, int]] = [(0.0, 0)] * len(rows)
     model.eval()
-    for batch_rows in token_batches([len(ids) for ids, _ in encoded], tokens_per_batch):
+
+    def score(batch_rows: list[int]) -> None:
         longest = max(len(encoded[i][0]) for i in batch_rows)
         ids = torch.full((len(batch_rows), longest), tokenizer.pad_token_id or 0)
         mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
@@ -113,4 +133,7 @@ def answer_nll(
             results[i] = (of_row.sum().item(), len(of_row))
         if on_progress is not None:
             on_progress(len(batch_rows))
+
+    for rows_of_batch in token_batches([len(ids) for ids, _ in encoded], tokens_per_batch):
+        in_halves(rows_of_batch, score)
     return results

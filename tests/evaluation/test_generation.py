@@ -52,6 +52,37 @@ def test_batched_answers_are_those_of_one_at_a_time_in_order(
     assert (len(done) == 1) == (budget == 8192)
 
 
+@pytest.mark.parametrize("room", [1, 3])
+def test_batches_are_halved_where_memory_does_not_suffice(opened: OpenedModel, rows: list[Example], room: int) -> None:
+    prompts = [row["prompt"] for row in rows[:7]]
+    expected = generate(opened.model, opened.tokenizer, prompts, max_new_tokens=4)
+    likelihoods = answer_nll(opened.model, opened.tokenizer, rows[:7])
+    sizes: list[int] = []
+
+    def small(module: Any, args: Any, kwargs: Any) -> None:
+        sizes.append(len(kwargs["input_ids"]))
+        if sizes[-1] > room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    opened.model.register_forward_pre_hook(small, with_kwargs=True)
+    done: list[int] = []
+    assert generate(opened.model, opened.tokenizer, prompts, max_new_tokens=4, on_progress=done.append) == expected
+    assert sum(done) == 7
+    assert max(sizes) == 7
+    halved = answer_nll(opened.model, opened.tokenizer, rows[:7])
+    assert halved == [pytest.approx(pair, rel=1e-5) for pair in likelihoods]
+
+
+def test_other_errors_and_a_single_row_too_many_are_raised(opened: OpenedModel, rows: list[Example]) -> None:
+    def broken(module: Any, args: Any, kwargs: Any) -> None:
+        raise error
+
+    opened.model.register_forward_pre_hook(broken, with_kwargs=True)
+    for error in (RuntimeError("shapes differ"), torch.OutOfMemoryError("CUDA out of memory. Tried")):
+        with pytest.raises(type(error), match=str(error)):
+            generate(opened.model, opened.tokenizer, [row["prompt"] for row in rows[:3]], max_new_tokens=2)
+
+
 def test_no_projection_to_the_vocabulary_copies_its_weight(opened: OpenedModel, rows: list[Example]) -> None:
     seen: list[tuple[bool, int]] = []
     head = opened.model.get_output_embeddings()
