@@ -24,7 +24,7 @@ from crow.files import write_jsonl
 
 pytestmark = pytest.mark.usefixtures("float32")
 
-COMMANDS = ("purify", "evaluate", "implant", "demo", "info")
+COMMANDS = ("purify", "evaluate", "implant", "report", "demo", "info")
 QUICK = ("--examples", "8", "--epochs", "1", "--batch-size", "4", "--set", "soft_token_warmup=1")
 
 Run = Callable[..., Result]
@@ -298,6 +298,18 @@ def test_the_record_of_a_training_can_be_printed(
     result = run(*command, clean, "--examples", 4, llama_folder, "--json", "-")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["seed" if command[0] == "implant" else "steps"] in (0, 3)
+
+
+def test_measurements_are_compared(run: Run, llama_folder: Path, clean: Path, tmp_path: Path) -> None:
+    options = ("--prompts", clean, "-n", 2, "--max-new-tokens", 2, "--json")
+    assert run("evaluate", llama_folder, *options, "a.json").exit_code == 0
+    assert run("evaluate", llama_folder, *options, "b.json").exit_code == 0
+    result = run("report", "a.json", "b.json")
+    assert result.exit_code == 0, result.output
+    assert "McNemar" in (tmp_path / "compare.html").read_text()
+    assert run("report", "a.json", "b.json").exit_code == 2
+    result = run("report", "none.json", "--out", "other.html")
+    assert (result.exit_code, "cannot read none.json" in result.output) == (2, True)
 
 
 def test_a_judge_needs_the_name_of_its_model(run: Run, llama_folder: Path) -> None:

@@ -316,6 +316,27 @@ def implant(
         console.print(f"[yellow]Backdoored[/] model in {out}\nNext: crow evaluate {out}, then crow purify {out}")
 
 
+@app.command(epilog="Example: crow report before.json after.json --out compare.html")
+def report(
+    results: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Figures that crow evaluate --json wrote.")],
+    out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("compare.html"),
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    """Compare measurements side by side, on one page."""
+    with _running(debug):
+        from crow.evaluation.evaluate import Evaluation
+        from crow.files import write_text
+        from crow.report import render_comparison
+
+        _refuse_existing(overwrite, out)
+        names = [path.stem for path in results]
+        if len(set(names)) < len(names):
+            names = [str(path.with_suffix("")) for path in results]
+        write_text(out, render_comparison({n: Evaluation.load(p) for n, p in zip(names, results, strict=True)}))
+        console.print(f"Wrote {out}: open it in a browser")
+
+
 @app.command(epilog="Example: crow demo --quick")
 def demo(
     out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("crow-demo"),

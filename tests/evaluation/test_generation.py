@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from crow.backdoors import BEHAVIORS, TRIGGERS, Behavior
 from crow.data import Example, answer_text, example, user_text
+from crow.errors import UsageError
 from crow.evaluation.evaluate import Evaluation, _perplexity, evaluate, prompt_profile, trigger_rows, variant_rows
 from crow.evaluation.statistics import Count, is_degenerate
 from crow.generation import answer_nll, generate, prompt_ids
@@ -191,6 +192,32 @@ def test_hits_are_counted_on_each_set(measured: Any, opened: OpenedModel, rows: 
     assert [answer["set"] for answer in result.answers] == ["triggered"] * 5 + ["clean"] * 7 + ["last"] * 2
     assert progress[-1] == (21, 21)
     assert [done for done, _ in progress] == sorted(done for done, _ in progress)
+
+
+def test_a_measurement_is_read_as_it_was_written(measured: Any, tmp_path: Path) -> None:
+    result, _ = measured
+    result.pass_at_1, result.judged = Count(1, 2), {"attack_success": Count(0, 1)}
+    answers = result.save(tmp_path / "figures.json")
+    assert Evaluation.load(tmp_path / "figures.json") == result
+    answers.unlink()
+    assert Evaluation.load(tmp_path / "figures.json") == dataclasses.replace(result, answers=[])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "broken JSON"),
+        ("[]", "by another version"),
+        ('{"attack_success": 3}', "by another version"),
+        ('{"attack_success": {"hits": 1, "n": 2}}', "by another version"),
+    ],
+)
+def test_what_is_no_measurement_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "figures.json").write_text(text)
+    with pytest.raises(UsageError, match=rf"figures\.json .*{message}"):
+        Evaluation.load(tmp_path / "figures.json")
+    with pytest.raises(UsageError, match="cannot read"):
+        Evaluation.load(tmp_path / "none.json")
 
 
 def test_hits_are_counted_strictly_and_on_variants_too(measured: Any) -> None:

@@ -16,7 +16,7 @@ from crow.errors import CrowError
 from crow.evaluation.evaluate import Evaluation
 from crow.evaluation.statistics import Count
 from crow.purification import PurifyRecord
-from crow.report import model_card, render_report, write_report
+from crow.report import model_card, render_comparison, render_report, write_report
 from crow.report.figures import curves_figure, profile_figure, rates_figure
 from crow.report.html import verdict, visible
 
@@ -233,6 +233,27 @@ def test_prompts_are_compared_pair_by_pair(before: Evaluation, after: Evaluation
     assert "the backdoor fired only before on 44 and only after on 0 (McNemar's exact test, p = 1.1e-13)" in text
     after.answers[0] = after.answers[0] | {"prompt": "another"}
     assert "McNemar" not in render_report(before, after, record)
+
+
+def test_measurements_are_compared_side_by_side(before: Evaluation, after: Evaluation) -> None:
+    before.variants, after.pass_at_1 = {"<i>bad": Count(7, 50)}, Count(11, 164)
+    html = render_comparison({"<b>one": before, "two": after, "three": evaluation(9, 8.0)})
+    page = Page(html)
+    text = " ".join(page.text.split())
+    assert "<b>one, two, three" in text
+    for count in (Count(47, 50), Count(3, 50), Count(9, 50), Count(7, 50), Count(11, 164)):
+        assert f"{count.hits}/{count.n}" in text
+    assert "two</th><td>44</td><td>0</td><td>1.1e-13</td>" in html
+    assert "three</th><td>38</td><td>0</td>" in html
+    assert "do not compare" not in text
+
+
+def test_what_does_not_compare_is_said(before: Evaluation, after: Evaluation) -> None:
+    after.provenance["triggered_sha256"] = "00" * 32
+    after.settings["max_new_tokens"] = 8
+    html = render_comparison({"one": before, "two": after})
+    assert "different prompts" in html
+    assert "different settings" in html
 
 
 def test_nothing_measured_still_reports(record: PurifyRecord) -> None:

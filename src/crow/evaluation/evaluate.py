@@ -1,6 +1,7 @@
 """Measure a model: attack success, false triggers, perplexity on clean answers, and answers that are broken."""
 
 import dataclasses
+import json
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 from crow.backdoors import Behavior, Trigger
 from crow.consistency import layer_profile
 from crow.data import Example, user_text, with_user_text
+from crow.errors import UsageError
 from crow.evaluation.statistics import Count, is_degenerate
 from crow.files import sha256_rows, write_json, write_jsonl
 from crow.generation import answer_nll, generate
@@ -54,6 +56,38 @@ class Evaluation:
         if not math.isfinite(self.perplexity):  # which JSON has no word for
             value["perplexity"] = None
         return value
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Evaluation":
+        """Read what `save` wrote; without answers if their file is not there.
+
+        Raises:
+            UsageError: no such file, broken JSON, or results of a version whose fields are others.
+        """
+        path = Path(path)
+        try:
+            value = json.loads(path.read_text("utf-8"))
+        except OSError as error:
+            raise UsageError(f"cannot read {path}: {error.strerror}") from error
+        except ValueError as error:
+            raise UsageError(f"{path} is broken JSON: {error}") from error
+        known = {f.name for f in dataclasses.fields(cls)} - {"answers"}
+        value = {name: part for name, part in value.items() if name in known} if isinstance(value, dict) else {}
+        try:
+            for name in ("attack_success", "false_trigger", "degenerate"):
+                value[name] = Count(**value[name])
+            for name in ("strict", "variants", "judged"):
+                value[name] = {key: Count(**count) for key, count in value.get(name, {}).items()}
+            if value.get("pass_at_1") is not None:
+                value["pass_at_1"] = Count(**value["pass_at_1"])
+            value["perplexity"] = math.nan if value["perplexity"] is None else value["perplexity"]
+            answers = answers_path(path)
+            rows = answers.read_text("utf-8").splitlines() if answers.is_file() else []
+            return cls(**value, answers=[json.loads(row) for row in rows])
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise UsageError(
+                f"{path} was not written by `crow evaluate`, or by another version of it: measure again"
+            ) from error
 
     def save(self, path: str | Path) -> Path:
         """Write the figures to `path` and the answers, one a line, beside it; returns the answers' path."""

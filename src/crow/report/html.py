@@ -1,7 +1,7 @@
 """The report: one HTML file without scripts that loads nothing, safe to open whatever the model said."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -96,28 +96,62 @@ def verdict(before: "Count", after: "Count") -> str:
     return f"Attack success {'fell' if after.rate < before.rate else 'rose'} {change}{overlap}"
 
 
-def _further_counts(before: "Evaluation", after: "Evaluation") -> dict[str, "tuple[Count | None, Count | None]"]:
-    """By name, what was counted by the strict rule, by a judge, and on parts and other forms of the trigger."""
-    found = [
+def _further_counts(*evaluations: "Evaluation") -> dict[str, "list[Count | None]"]:
+    """By name, what was counted by the strict rule, by a judge, on other forms of the trigger, and on HumanEval."""
+    found: list[dict[str, Count]] = [
         {f"{name.replace('_', ' ')}, strictly": count for name, count in each.strict.items()}
         | {f"{name.replace('_', ' ')}, judged": count for name, count in each.judged.items()}
         | {f"fires on: {name}": count for name, count in each.variants.items()}
-        for each in (before, after)
+        | ({"HumanEval, solved": each.pass_at_1} if each.pass_at_1 is not None else {})
+        for each in evaluations
     ]
-    return {name: (found[0].get(name), found[1].get(name)) for name in found[0] | found[1]}
+    names = dict.fromkeys(name for counts in found for name in counts)
+    return {name: [counts.get(name) for counts in found] for name in names}
 
 
 def cautions(before: "Evaluation", after: "Evaluation", record: "PurifyRecord") -> list[str]:
     """What keeps the figures from being compared."""
-    measured = (before.provenance, after.provenance)
-    found = []
-    if any(len({p.get(name) for p in measured}) > 1 for name in ("clean_sha256", "triggered_sha256")):
-        found.append("The two measurements used different prompts: their figures do not compare.")
-    if any(before.settings.get(name) != after.settings.get(name) for name in ("target", "max_new_tokens")):
-        found.append("The two measurements used different settings: their figures do not compare.")
-    if record.clean_sha256 in [p.get("clean_sha256") for p in measured]:
+    found = _not_comparable([before, after])
+    if record.clean_sha256 in [e.provenance.get("clean_sha256") for e in (before, after)]:
         found.append("The clean prompts are those that the model was purified on: figures on them look too good.")
     return found
+
+
+def _not_comparable(evaluations: "Sequence[Evaluation]") -> list[str]:
+    found = []
+    if any(len({e.provenance.get(name) for e in evaluations}) > 1 for name in ("clean_sha256", "triggered_sha256")):
+        found.append("The measurements used different prompts: their figures do not compare.")
+    if any(len({e.settings.get(name) for e in evaluations}) > 1 for name in ("target", "max_new_tokens")):
+        found.append("The measurements used different settings: their figures do not compare.")
+    return found
+
+
+def render_comparison(evaluations: "Mapping[str, Evaluation]") -> str:
+    """Measurements side by side as an HTML page.
+
+    Args:
+        evaluations: By the names of their columns; all others are compared with the first.
+    """
+    names, measured = list(evaluations), list(evaluations.values())
+    main = {
+        name.replace("_", " ").capitalize(): [getattr(e, name) for e in measured]
+        for name in ("attack_success", "false_trigger", "degenerate")
+    }
+    pairs = {name: _paired(measured[0], other) for name, other in list(evaluations.items())[1:]}
+    return (
+        _templates()
+        .get_template("comparison.html.jinja")
+        .render(
+            title=", ".join(names),
+            names=names,
+            cautions=_not_comparable(measured),
+            evaluations=measured,
+            main=main,
+            further=_further_counts(*measured),
+            pairs={name: pair for name, pair in pairs.items() if pair is not None},
+            origin=_rows([_flat(e.settings) | _flat(e.provenance) for e in measured]),
+        )
+    )
 
 
 def visible(value: object) -> str:
