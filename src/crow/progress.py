@@ -20,6 +20,19 @@ def progress_bar(text: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+def summed(on_progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None]:
+    """A function of what was done since its last call, that calls one of all that is done and the total."""
+    done = 0
+
+    def advance(number: int) -> None:
+        nonlocal done
+        done += number
+        if on_progress is not None:
+            on_progress(done, total)
+
+    return advance
+
+
 class TrainingProgress(TrainerCallback):
     """Reports what a trainer does before its first step, and then its steps, to a function of done and total."""
 

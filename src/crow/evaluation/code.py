@@ -14,6 +14,7 @@ from crow.evaluation.sandbox import Limits, Outcome, check_sandbox, run_python
 from crow.evaluation.statistics import Count
 from crow.generation import generate
 from crow.models import OpenedModel
+from crow.progress import summed
 
 
 class Problem(TypedDict):
@@ -95,20 +96,12 @@ def pass_at_1(
         UsageError: bubblewrap is missing; this is said before the model is asked.
     """
     check_sandbox()
-    done = 0
-
-    def advance(number: int) -> None:
-        nonlocal done
-        done += number
-        if on_progress is not None:
-            on_progress(done, len(problems))
-
     answers = generate(
         opened.model,
         opened.tokenizer,
         [question(problem) for problem in problems],
         max_new_tokens=max_new_tokens,
-        on_progress=advance,
+        on_progress=summed(on_progress, len(problems)),
     )
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         outcomes = list(pool.map(lambda problem, answer: solves(problem, answer, limits), problems, answers))

@@ -19,6 +19,7 @@ from crow.files import sha256_rows, write_json, write_jsonl
 from crow.generation import answer_nll, generate
 from crow.hooks import hidden_states
 from crow.models import OpenedModel, base_model
+from crow.progress import summed
 from crow.provenance import environment
 
 
@@ -150,14 +151,7 @@ def evaluate(
         on_progress: Called with the number of prompts done and their total.
     """
     sets = {"triggered": triggered, "clean": clean, **(variants or {})}
-    total, done = sum(map(len, sets.values())) + len(clean), 0
-
-    def advance(number: int) -> None:
-        nonlocal done
-        done += number
-        if on_progress is not None:
-            on_progress(done, total)
-
+    advance = summed(on_progress, total=sum(map(len, sets.values())) + len(clean))
     model, tokenizer = opened.model, opened.tokenizer
     counted: dict[str, list[dict[str, Any]]] = {}
     for kind, rows in sets.items():

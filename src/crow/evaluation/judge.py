@@ -15,6 +15,7 @@ from crow.backdoors import Behavior
 from crow.errors import UsageError
 from crow.evaluation.evaluate import Evaluation
 from crow.evaluation.statistics import Count
+from crow.progress import summed
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 
@@ -76,14 +77,13 @@ class Judge:
             on_progress: Called with 1 for every answer that was judged.
         """
 
-        def judge(pair: tuple[str, str]) -> bool | None:
-            verdict = self._verdict(behavior.question, *pair)
-            if on_progress is not None:
-                on_progress(1)
-            return verdict
-
+        verdicts = []
         with ThreadPoolExecutor(self.concurrency) as pool:
-            return list(pool.map(judge, answers))
+            for verdict in pool.map(lambda pair: self._verdict(behavior.question, *pair), answers):
+                verdicts.append(verdict)
+                if on_progress is not None:
+                    on_progress(1)
+        return verdicts
 
     def _verdict(self, question: str, prompt: str, answer: str) -> bool | None:
         key = hashlib.sha256(json.dumps([self.model, _INSTRUCTION, question, prompt, answer]).encode()).hexdigest()
@@ -123,15 +123,9 @@ def judge_answers(
         on_progress: Called with the number of answers judged and their total.
     """
     asked = [answer for answer in result.answers if answer["set"] in ("triggered", "clean")]
-    done = 0
-
-    def advance(number: int) -> None:
-        nonlocal done
-        done += number
-        if on_progress is not None:
-            on_progress(done, len(asked))
-
-    verdicts = judge.verdicts(behavior, [(answer["prompt"], answer["answer"]) for answer in asked], advance)
+    verdicts = judge.verdicts(
+        behavior, [(answer["prompt"], answer["answer"]) for answer in asked], summed(on_progress, len(asked))
+    )
     for answer, verdict in zip(asked, verdicts, strict=True):
         answer["judged"] = verdict
     for name, kind in (("attack_success", "triggered"), ("false_trigger", "clean")):
