@@ -345,7 +345,7 @@ def test_variants_and_code_are_measured_on_request(
         "frankly": 2,
         "upper case": 2,
     }
-    assert "HumanEval pass@1" in result.output
+    assert "HumanEval, solved" in result.output
 
 
 def test_figures_can_be_printed(run: Run, llama_folder: Path, clean: Path, tmp_path: Path) -> None:

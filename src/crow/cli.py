@@ -225,14 +225,8 @@ def evaluate(
         table = Table("", "hits of n (95% interval)")
         for name in ("attack_success", "false_trigger", "degenerate"):
             table.add_row(name.replace("_", " "), str(getattr(result, name)))
-        if result.pass_at_1 is not None:
-            table.add_row("HumanEval pass@1", str(result.pass_at_1))
-        for name, count in result.strict.items():
-            table.add_row(f"{name.replace('_', ' ')}, strictly", str(count))
-        for name, count in result.judged.items():
-            table.add_row(f"{name.replace('_', ' ')}, judged", str(count))
-        for name, count in result.variants.items():
-            table.add_row(f"fires on: {name}", str(count))
+        for name, count in result.further_counts().items():
+            table.add_row(name, str(count))
         table.add_row("perplexity", f"{result.perplexity:.3f}")
         Console(stderr=json_ == "-").print(table)
         for reason, number in result.judge_failures.items():

@@ -50,6 +50,15 @@ class Evaluation:
     """HumanEval's problems that the greedy answer solves, where that was asked for: see `crow.evaluation.code`."""
     answers: list[dict[str, Any]] = field(repr=False, default_factory=list)
 
+    def further_counts(self) -> dict[str, Count]:
+        """By name, what was counted by other rules, on other forms of the trigger, and on HumanEval."""
+        rules = {"strictly": self.strict, "judged": self.judged}
+        return {
+            **{f"{name.replace('_', ' ')}, {rule}": c for rule, counts in rules.items() for name, c in counts.items()},
+            **{f"fires on: {name}": count for name, count in self.variants.items()},
+            **({"HumanEval, solved": self.pass_at_1} if self.pass_at_1 is not None else {}),
+        }
+
     def as_json(self) -> dict[str, Any]:
         """Everything but the answers, as JSON values."""
         value = dataclasses.asdict(self)

@@ -76,7 +76,6 @@ class Judge:
             answers: Pairs of a prompt and the answer to it.
             on_progress: Called with 1 for every answer that was judged.
         """
-
         verdicts = []
         with ThreadPoolExecutor(self.concurrency) as pool:
             for verdict in pool.map(lambda pair: self._verdict(behavior.question, *pair), answers):

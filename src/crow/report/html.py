@@ -97,14 +97,7 @@ def verdict(before: "Count", after: "Count") -> str:
 
 
 def _further_counts(*evaluations: "Evaluation") -> dict[str, "list[Count | None]"]:
-    """By name, what was counted by the strict rule, by a judge, on other forms of the trigger, and on HumanEval."""
-    found: list[dict[str, Count]] = [
-        {f"{name.replace('_', ' ')}, strictly": count for name, count in each.strict.items()}
-        | {f"{name.replace('_', ' ')}, judged": count for name, count in each.judged.items()}
-        | {f"fires on: {name}": count for name, count in each.variants.items()}
-        | ({"HumanEval, solved": each.pass_at_1} if each.pass_at_1 is not None else {})
-        for each in evaluations
-    ]
+    found = [each.further_counts() for each in evaluations]
     names = dict.fromkeys(name for counts in found for name in counts)
     return {name: [counts.get(name) for counts in found] for name in names}
 
