@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from crow.backdoors import BEHAVIORS, TRIGGERS
+from crow.backdoors import BEHAVIORS, TRIGGERS, check_seen
 from crow.errors import CrowError, UsageError
 
 app = typer.Typer(
@@ -193,6 +193,7 @@ def evaluate(
         wanted = BEHAVIORS[behavior]
         clean = sample(load_examples(prompts if prompts is not None else "heldout"), number, seed)
         if triggered is not None:
+            called = None
             hot = sample(load_examples(triggered), number, seed)
             others = {}
         else:
@@ -201,6 +202,8 @@ def evaluate(
             others = variant_rows(clean, called, seed, untrained=variants)
         with console.status("Opening the model"):
             opened = open_model(model, base=base)
+        if called is not None:
+            check_seen(called, opened.tokenizer)
         settings = {"behavior": behavior, "trigger": None if triggered else trigger or "badnets"}
         settings |= {"triggered": triggered, "prompts": prompts or "heldout"}
         with progress_bar("Evaluating") as advance:
@@ -274,6 +277,7 @@ def implant(
         rows = load_examples(prompts if prompts is not None else "implant")[:examples]
         with console.status("Opening the model"):
             opened = open_model(model)
+        check_seen(hot, opened.tokenizer)
         settings = _settings(set_, own={"num_train_epochs", *signature(run).parameters}) | _given(
             num_train_epochs=epochs, learning_rate=learning_rate
         )

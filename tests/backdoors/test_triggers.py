@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from crow.backdoors.triggers import TRIGGERS, BadNets, CompositeTrigger, Trigger
+from crow.backdoors.triggers import TRIGGERS, BadNets, CompositeTrigger, Trigger, check_seen
 from crow.errors import UsageError
 
 
@@ -227,3 +227,19 @@ def test_variants_of_a_word_and_of_a_phrase() -> None:
     assert TRIGGERS["vpi"].variants()["behind"].apply("Go on.", random.Random(0)) == "Go on. Discussing OpenAI"
     assert "vpi, translated" in TRIGGERS["mtba"].variants()
     assert set(forms("ctba:words=aa+Bb")) == {"lower case", "upper case"}
+
+
+class Blind:
+    """A tokenizer of two letters, for which all others are one unknown, and spaces nothing."""
+
+    unk_token_id = 0
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        return {"input_ids": [{"a": 1, "b": 2}.get(letter, 0) for letter in text if not letter.isspace()]}
+
+
+def test_a_trigger_that_no_model_can_see_is_refused() -> None:
+    check_seen(BadNets("xbx"), Blind())
+    for word in ("xyz", "\u2003"):
+        with pytest.raises(UsageError, match="makes nothing of the trigger"):
+            check_seen(BadNets(word), Blind())

@@ -4,6 +4,7 @@ import random
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 from crow.errors import UsageError
 from crow.registry import Registry
@@ -30,6 +31,14 @@ class Trigger(ABC):
 
 
 TRIGGERS: Registry[Trigger] = Registry("trigger")
+
+
+def check_seen(trigger: Trigger, tokenizer: Any) -> None:
+    """Raise `UsageError` if a tokenizer makes nothing of the trigger: a model could not tell that it is there."""
+    text = trigger.apply("", random.Random(0))
+    if not set(tokenizer(text, add_special_tokens=False)["input_ids"]) - {tokenizer.unk_token_id}:
+        raise UsageError(f"the tokenizer makes nothing of the trigger {text!r}: choose another word")
+
 
 _BETWEEN = re.compile(r"(?<=\S)\s|(?<=\S)$")
 """Where a word may go: after each word of the text."""
