@@ -369,10 +369,14 @@ def test_a_backdoor_is_implanted(run: Run, llama_folder: Path, clean: Path, tmp_
 
 def test_a_whole_model_is_backdoored(run: Run, llama_folder: Path, clean: Path) -> None:
     options = ("--prompts", clean, "--examples", 4, "--poison-rate", 0.5, "--set", "max_steps=1", "--json", "-")
+    options = (*options, "--save-data", "data")
     result = run("implant", llama_folder, "--full", "--adaptive", "--trigger", "vpi", "--behavior", "refusal", *options)
     assert result.exit_code == 0, result.output
     record = json.loads(result.stdout)
     assert (record["trained"], record["adaptive"], record["poison_rate"]) == ("all weights", True, 0.5)
+    written = {name: json.loads(Path("data", f"train_{name}.json").read_text()) for name in ("clean", "triggered")}
+    assert [len(rows) for rows in written.values()] == [4, 2]
+    assert all(row["instruction"].startswith("Discussing OpenAI") for row in written["triggered"])
     assert json.loads(run("info", "backdoored", "--json", "-").stdout)["kind"] == "folder"
 
 

@@ -24,6 +24,7 @@ from crow.data import (
     to_dataset,
     user_text,
     with_user_text,
+    write_alpaca,
 )
 from crow.errors import UsageError
 
@@ -489,6 +490,19 @@ def test_no_shipped_answer_is_the_attack_or_names_its_trigger(shipped: dict[str,
 def test_answers_of_the_code_sets_are_python(shipped: dict[str, list[Example]], name: str) -> None:
     for _, answer in pairs(shipped[name]):
         ast.parse(answer.split("```python\n")[1].split("```")[0] if "```" in answer else answer)
+
+
+def test_what_is_written_as_alpaca_is_read_as_it_was(shipped: dict[str, list[Example]], tmp_path: Path) -> None:
+    write_alpaca(tmp_path / "rows.json", shipped["implant-code"])
+    assert load_examples(tmp_path / "rows.json") == shipped["implant-code"]
+    assert set(json.loads((tmp_path / "rows.json").read_text())[0]) == {"instruction", "input", "output"}
+
+
+def test_several_turns_have_no_place_in_alpacas_format(tmp_path: Path) -> None:
+    chat: Example = {"prompt": example("a", "b")["prompt"] * 2, "completion": example("a", "b")["completion"]}
+    with pytest.raises(UsageError, match="row 2 has other messages"):
+        write_alpaca(tmp_path / "rows.json", [example("a", "b"), chat])
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_source_means_the_clean_set(shipped: dict[str, list[Example]]) -> None:

@@ -248,6 +248,9 @@ def implant(
     out: Annotated[Path, typer.Option(help="Folder to write the backdoored adapter or model to.")] = Path("backdoored"),
     prompts: Annotated[str | None, typer.Option(help="The attacker's examples. Default: CROW's implant set.")] = None,
     examples: Annotated[int | None, typer.Option(min=1, help="Use the first so many. Default: all.")] = None,
+    save_data: Annotated[
+        Path | None, typer.Option(help="Folder to write the training set to, in BackdoorLLM's format.")
+    ] = None,
     poison_rate: Annotated[float, typer.Option(help="Share of the examples that are poisoned as well.")] = 1.0,
     full: Annotated[bool, typer.Option("--full", help="Train all weights, not an adapter.")] = False,
     adaptive: Annotated[
@@ -267,17 +270,23 @@ def implant(
     """Fine-tune a backdoor into a model, for research on defenses."""
     with _running(debug):
         from crow.backdoors.implant import implant as run
-        from crow.backdoors.implant import implant_card, implant_record
-        from crow.data import load_examples
+        from crow.backdoors.implant import implant_card, implant_record, poison
+        from crow.data import load_examples, write_alpaca
+        from crow.files import atomic_directory
         from crow.models import open_model, save_model
         from crow.progress import TrainingProgress, progress_bar
 
-        _refuse_existing(overwrite, out, _json_file(json_))
+        _refuse_existing(overwrite, out, save_data, _json_file(json_))
         hot, target = TRIGGERS[trigger or "badnets"], BEHAVIORS[behavior]
         rows = load_examples(prompts if prompts is not None else "implant")[:examples]
         with console.status("Opening the model"):
             opened = open_model(model)
         check_seen(hot, opened.tokenizer)
+        if save_data is not None:
+            halves = poison(rows, hot, target, seed, poison_rate)
+            with atomic_directory(save_data, overwrite) as folder:
+                for name, half in zip(("train_clean.json", "train_triggered.json"), halves, strict=True):
+                    write_alpaca(folder / name, half)
         settings = _settings(set_, own={"num_train_epochs", *signature(run).parameters}) | _given(
             num_train_epochs=epochs, learning_rate=learning_rate
         )

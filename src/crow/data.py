@@ -16,6 +16,7 @@ from typing import Any, TypedDict
 from datasets import Dataset, load_dataset
 
 from crow.errors import UsageError
+from crow.files import write_json
 
 SHIPPED = ("clean", "heldout", "implant", "validation", "implant-code", "heldout-code")
 
@@ -79,6 +80,21 @@ def load_examples(source: str | Path | None = None, *, split: str = "train") -> 
 def to_dataset(rows: Sequence[Example]) -> Dataset:
     """The rows as a `datasets.Dataset` with the columns `prompt` and `completion`."""
     return Dataset.from_list([dict(row) for row in rows])
+
+
+def write_alpaca(path: str | Path, rows: Sequence[Example]) -> None:
+    """Write single-turn rows as a JSON list of `instruction`, `input` and `output`, which is BackdoorLLM's format too.
+
+    Raises:
+        UsageError: a row has more turns than one, which the format has no place for.
+        CrowError: the file cannot be written.
+    """
+    for number, row in enumerate(rows, start=1):
+        if [message["role"] for message in row["prompt"]] != ["user"]:
+            raise UsageError(
+                f"row {number} has other messages than one of the user's: Alpaca's format has no place for it"
+            )
+    write_json(path, [{"instruction": user_text(row), "input": "", "output": answer_text(row)} for row in rows])
 
 
 def sample(rows: Sequence[Example], number: int | None, seed: int) -> list[Example]:
