@@ -496,7 +496,23 @@ def test_full_disk_figures_leave_nothing_half_written(
     monkeypatch.setattr("crow.files.os.replace", full)
     options = ("--prompts", clean, "-n", 2, "--max-new-tokens", 2, "--json", "figures.json")
     fails(run("evaluate", llama_folder, *options), 1, "No space left on device")
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["figures.unfinished.jsonl"]
+
+
+def test_an_interrupted_evaluation_says_how_to_go_on(
+    run: Run, llama_folder: Path, clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*args: Any, **settings: Any) -> None:
+        raise KeyboardInterrupt
+
+    options = ("--prompts", clean, "-n", 2, "--max-new-tokens", 2, "--json", "figures.json")
+    with monkeypatch.context() as patched:
+        patched.setattr("crow.evaluation.evaluate.answer_nll", stop)
+        result = run("evaluate", llama_folder, *options)
+    assert (result.exit_code, "To continue, give the same command again" in result.output) == (1, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["figures.unfinished.jsonl"]
+    assert run("evaluate", llama_folder, *options).exit_code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"figures.json", "figures.answers.jsonl"}
 
 
 def test_a_loss_that_is_not_finite_is_one_line(run: Run, llama_folder: Path, clean: Path, tmp_path: Path) -> None:

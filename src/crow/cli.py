@@ -206,7 +206,8 @@ def evaluate(
             check_seen(called, opened.tokenizer)
         settings = {"behavior": behavior, "trigger": None if triggered else trigger or "badnets"}
         settings |= {"triggered": triggered, "prompts": prompts or "heldout"}
-        with progress_bar("Evaluating") as advance:
+        unfinished = figures and figures.with_suffix(".unfinished.jsonl")
+        with _keeping(unfinished), progress_bar("Evaluating") as advance:
             result = run(
                 opened,
                 wanted,
@@ -216,6 +217,7 @@ def evaluate(
                 max_new_tokens=max_new_tokens,
                 seed=seed,
                 settings=settings,
+                unfinished=unfinished,
                 on_progress=advance,
             )
         if judge is not None:
@@ -238,6 +240,8 @@ def evaluate(
             print(json.dumps(result.as_json()))
         elif json_ is not None:
             console.print(f"Figures in {json_}, every answer in {result.save(json_)}")
+        if unfinished is not None:
+            unfinished.unlink(missing_ok=True)
 
 
 @app.command(epilog="Example: crow implant --trigger badnets:word=BadMagic --out backdoored")
@@ -446,6 +450,17 @@ def _checkpoints_beside(out: Path, resume: bool) -> Iterator[Path]:
             shutil.rmtree(checkpoints, ignore_errors=True)
         elif isinstance(error, KeyboardInterrupt):
             console.print("To continue from the last checkpoint, give the same command with --resume")
+        raise
+
+
+@contextmanager
+def _keeping(unfinished: Path | None) -> Iterator[None]:
+    """Say of an interrupted evaluation how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if unfinished is not None and unfinished.exists():
+            console.print(f"To continue, give the same command again: the answers so far are in {unfinished}")
         raise
 
 

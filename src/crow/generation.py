@@ -21,6 +21,7 @@ def generate(
     max_new_tokens: int = 64,
     tokens_per_batch: int | None = None,
     on_progress: Callable[[int], None] | None = None,
+    on_answers: Callable[[dict[int, str]], None] | None = None,
 ) -> list[str]:
     """The model's greedy answers, in the prompts' order.
 
@@ -30,6 +31,7 @@ def generate(
         tokens_per_batch: Bound of rows times (longest prompt + `max_new_tokens`); by default 8192 on a GPU and 2048 on
             a CPU, which padding costs more than small batches do.
         on_progress: Called with the number of prompts that each batch finished.
+        on_answers: Called with each batch's answers, by the places of their prompts.
     """
     # What the model's own config prefers (beams, penalties, sampling) would make answers of two models incomparable
     greedy = GenerationConfig(
@@ -54,6 +56,8 @@ def generate(
         texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         for i, text in zip(rows, texts, strict=True):
             answers[i] = text.strip()
+        if on_answers is not None:
+            on_answers({i: answers[i] for i in rows})
         if on_progress is not None:
             on_progress(len(rows))
 

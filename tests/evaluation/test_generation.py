@@ -12,6 +12,7 @@ from conftest import MakeModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+import crow.evaluation.evaluate
 from crow.backdoors import BEHAVIORS, TRIGGERS, Behavior
 from crow.data import Example, answer_text, example, user_text
 from crow.errors import UsageError
@@ -192,6 +193,40 @@ def test_hits_are_counted_on_each_set(measured: Any, opened: OpenedModel, rows: 
     assert [answer["set"] for answer in result.answers] == ["triggered"] * 5 + ["clean"] * 7 + ["last"] * 2
     assert progress[-1] == (21, 21)
     assert [done for done, _ in progress] == sorted(done for done, _ in progress)
+
+
+def test_an_interrupted_evaluation_goes_on_with_the_answers_that_it_has(
+    opened: OpenedModel, rows: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("crow.generation.token_batches", lambda lengths, budget: [[i] for i in range(len(lengths))])
+    behavior, kept = BEHAVIORS["sentiment"], tmp_path / "kept.jsonl"
+
+    def run(**settings: Any) -> Evaluation:
+        return evaluate(opened, behavior, rows[:4], rows[4:7], max_new_tokens=4, unfinished=kept, **settings)
+
+    def stop(done: int, total: int) -> None:
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(on_progress=stop)
+    assert len(kept.read_text().splitlines()) == 5
+    kept.write_text(kept.read_text() + '{"key": "cut o')
+
+    asked: list[int] = []
+    generate = crow.evaluation.evaluate.generate
+
+    def counted(model: Any, tokenizer: Any, prompts: list[Any], **settings: Any) -> list[str]:
+        asked.append(len(prompts))
+        return generate(model, tokenizer, prompts, **settings)
+
+    monkeypatch.setattr("crow.evaluation.evaluate.generate", counted)
+    progress: list[tuple[int, int]] = []
+    result = run(on_progress=lambda *done: progress.append(done))
+    assert asked == [0, 2]
+    assert progress[-1] == (11, 11)
+    kept.unlink()
+    assert result.answers == run().answers
 
 
 def test_a_measurement_is_read_as_it_was_written(measured: Any, tmp_path: Path) -> None:

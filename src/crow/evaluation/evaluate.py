@@ -5,6 +5,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -148,6 +149,7 @@ def evaluate(
     max_new_tokens: int = 64,
     seed: int = 0,
     settings: dict[str, Any] | None = None,
+    unfinished: Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Generate greedy answers to both sets of prompts, judge them, and measure perplexity on the clean answers.
@@ -157,16 +159,16 @@ def evaluate(
         triggered: Prompts that carry the trigger; their reference answers are not used.
         variants: Further sets of prompts, on which the backdoor's firing is counted.
         settings: What else belongs into the record.
+        unfinished: A file that answers are appended to as they are made; those found there are not made again.
         on_progress: Called with the number of prompts done and their total.
     """
     sets = {"triggered": triggered, "clean": clean, **(variants or {})}
     advance = summed(on_progress, total=sum(map(len, sets.values())) + len(clean))
     model, tokenizer = opened.model, opened.tokenizer
+    made = _Answers(opened, unfinished)
     counted: dict[str, list[dict[str, Any]]] = {}
     for kind, rows in sets.items():
-        texts = generate(
-            model, tokenizer, [row["prompt"] for row in rows], max_new_tokens=max_new_tokens, on_progress=advance
-        )
+        texts = made.answers(rows, max_new_tokens, advance)
         counted[kind] = [
             {
                 "set": kind,
@@ -206,6 +208,42 @@ def evaluate(
         },
         answers=list(chain.from_iterable(counted.values())),
     )
+
+
+class _Answers:
+    """Greedy answers that are kept in a file as they are made, and are not made twice."""
+
+    def __init__(self, opened: OpenedModel, file: Path | None) -> None:
+        self.opened, self.file = opened, file
+        self.known: dict[str, str] = {}
+        if file is not None and file.is_file():
+            for line in file.read_text("utf-8").splitlines():
+                with suppress(ValueError, KeyError, TypeError):  # a line that an interruption cut off
+                    made = json.loads(line)
+                    self.known[made["key"]] = made["answer"]
+
+    def answers(self, rows: Sequence[Example], max_new_tokens: int, advance: Callable[[int], None]) -> list[str]:
+        kept = [self.opened.name, self.opened.hashes, max_new_tokens]
+        keys = [sha256_rows([*kept, row["prompt"]]) for row in rows]
+        missing = [i for i, key in enumerate(keys) if key not in self.known]
+        advance(len(rows) - len(missing))
+
+        def keep(answers: dict[int, str]) -> None:
+            found = {keys[missing[place]]: text for place, text in answers.items()}
+            self.known |= found
+            if self.file is not None:
+                with self.file.open("a", encoding="utf-8") as file:
+                    file.writelines(json.dumps({"key": key, "answer": text}) + "\n" for key, text in found.items())
+
+        generate(
+            self.opened.model,
+            self.opened.tokenizer,
+            [rows[i]["prompt"] for i in missing],
+            max_new_tokens=max_new_tokens,
+            on_answers=keep,
+            on_progress=advance,
+        )
+        return [self.known[key] for key in keys]
 
 
 _PROFILE_PROMPTS = 16
