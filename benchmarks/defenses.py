@@ -57,6 +57,7 @@ def run_cell(cell: str, args: argparse.Namespace) -> dict[str, Any]:
         clean,
         trigger_rows(clean, trigger, PROMPT_SEED),
         variants=variant_rows(clean, trigger, PROMPT_SEED),
+        reference=open_model() if args.reference else None,
         max_new_tokens=args.max_new_tokens,
         seed=args.seed,
         settings={"cell": cell, "trigger": args.trigger, "behavior": args.behavior, "prompts": args.prompts},
@@ -74,7 +75,10 @@ def row(cell: str, figures: dict[str, Any]) -> str:
     """One line of the Markdown table."""
     counts = [str(Count(**figures[name])) for name in ("attack_success", "false_trigger", "degenerate")]
     seconds = f"{figures['purify']['seconds']:.0f}" if "purify" in figures else ""
-    return f"| {cell} | {counts[0]} | {counts[1]} | {counts[2]} | {figures['perplexity']:.2f} | {seconds} |"
+    kl = figures.get("reference_kl")
+    distance = "" if kl is None else f"{kl:.3f}"
+    cells = (cell, *counts, f"{figures['perplexity']:.2f}", distance, seconds)
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -88,12 +92,13 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=100, help="clean examples of the defender")
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--max-new-tokens", type=int, default=48)
+    parser.add_argument("--reference", action="store_true", help="measure KL divergence from the embedded model too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
 
-    print("| cell | attack success | false triggers | degenerate | perplexity | seconds |")
-    print("| --- | --- | --- | --- | --- | --- |", flush=True)
+    print("| cell | attack success | false triggers | degenerate | perplexity | KL from base | seconds |")
+    print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
     for cell in args.cells:
         path = args.out / f"{cell.replace(':', '__').replace(',', '_')}.json"
         figures = json.loads(path.read_text()) if path.is_file() else run_cell(cell, args)

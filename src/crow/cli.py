@@ -151,6 +151,9 @@ def evaluate(
     variants: Annotated[
         bool, typer.Option("--variants", help="Also try forms of the trigger that it was not trained on.")
     ] = False,
+    reference: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Also measure how far its answers are from this model's.")
+    ] = None,
     judge: Annotated[
         str | None, typer.Option(metavar="URL", help="Have a model judge too, behind OpenAI's chat API at this URL.")
     ] = None,
@@ -202,6 +205,7 @@ def evaluate(
             others = variant_rows(clean, called, seed, untrained=variants)
         with console.status("Opening the model"):
             opened = open_model(model, base=base)
+            known = None if reference is None else open_model(reference)
         if called is not None:
             check_seen(called, opened.tokenizer)
         settings = {"behavior": behavior, "trigger": None if triggered else trigger or "badnets"}
@@ -214,6 +218,7 @@ def evaluate(
                 clean,
                 hot,
                 variants=others,
+                reference=known,
                 max_new_tokens=max_new_tokens,
                 seed=seed,
                 settings=settings,
@@ -233,6 +238,8 @@ def evaluate(
         for name, count in result.further_counts().items():
             table.add_row(name, str(count))
         table.add_row("perplexity", f"{result.perplexity:.3f}")
+        if result.reference_kl is not None:
+            table.add_row(f"KL from {reference}", f"{result.reference_kl:.3f} nats a token")
         Console(stderr=json_ == "-").print(table)
         for reason, number in result.judge_failures.items():
             console.print(f"[yellow]{number} not judged:[/] {_plain(reason)}", highlight=False)

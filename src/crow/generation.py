@@ -1,10 +1,12 @@
 """Greedy answers in batches: prompts sorted by length, left-padded, with a token budget for each batch."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from peft import PeftModel
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from crow.data import Example, Message
@@ -107,6 +109,62 @@ def answer_nll(
 
     Perplexity over a set is `exp(sum of nats / sum of tokens)`.
     """
+
+    def score(batch: _AnswerBatch) -> Tensor:
+        return torch.nn.functional.cross_entropy(_logits(model, batch), batch.said.to(model.device), reduction="none")
+
+    return _score_answers(tokenizer, rows, score, tokens_per_batch, on_progress)
+
+
+@torch.inference_mode()
+def answer_kl(
+    reference: PreTrainedModel | PeftModel,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Example],
+    *,
+    tokens_per_batch: int = 2048,
+    on_progress: Callable[[int], None] | None = None,
+) -> list[tuple[float, int]]:
+    """For each example, KL(reference || model) in nats, summed over its answer's tokens, and the answer's tokens.
+
+    The two models must have one vocabulary.
+    """
+
+    def score(batch: _AnswerBatch) -> Tensor:
+        p, q = (_logits(each, batch).log_softmax(dim=-1) for each in (reference, model))
+        return (p.exp() * (p - q.to(p.device))).sum(dim=-1)
+
+    return _score_answers(tokenizer, rows, score, tokens_per_batch, on_progress)
+
+
+@dataclass
+class _AnswerBatch:
+    """Prompts with their answers, right-padded: ids, attention mask and answer positions, `(B, T)`."""
+
+    ids: Tensor
+    mask: Tensor
+    answers: Tensor
+    said: Tensor
+    """The answers' tokens, `(number of answer positions,)`."""
+
+
+def _logits(model: PreTrainedModel | PeftModel, batch: _AnswerBatch) -> Tensor:
+    with lm_head_at(base_model(model), batch.answers):
+        output = model(
+            input_ids=batch.ids.to(model.device), attention_mask=batch.mask.to(model.device), use_cache=False
+        )
+    return output.logits.float()
+
+
+def _score_answers(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Example],
+    score: Callable[[_AnswerBatch], Tensor],
+    tokens_per_batch: int,
+    on_progress: Callable[[int], None] | None,
+) -> list[tuple[float, int]]:
+    """Sum, for each example, a score of each of its answer's tokens, and count these."""
     encoded = []
     for row in rows:
         start = prompt_ids(tokenizer, row["prompt"])
@@ -115,9 +173,8 @@ def answer_nll(
             whole.pop()  # templates put a line break after the end token, which no one waits for
         encoded.append((whole, len(start)))
     results: list[tuple[float, int]] = [(0.0, 0)] * len(rows)
-    model.eval()
 
-    def score(batch_rows: list[int]) -> None:
+    def score_batch(batch_rows: list[int]) -> None:
         longest = max(len(encoded[i][0]) for i in batch_rows)
         ids = torch.full((len(batch_rows), longest), tokenizer.pad_token_id or 0)
         mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
@@ -127,17 +184,12 @@ def answer_nll(
             mask[place, : len(tokens)] = 1
             labels[place, answer : len(tokens)] = torch.tensor(tokens[answer:])
         answers = answer_positions(labels)
-        with lm_head_at(base_model(model), answers):
-            logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
-        nats = torch.nn.functional.cross_entropy(
-            logits.float(), labels[:, 1:][answers[:, :-1]].to(logits.device), reduction="none"
-        ).cpu()
-        counts = answers.sum(dim=1).tolist()
-        for i, of_row in zip(batch_rows, nats.split(counts), strict=True):
+        scores = score(_AnswerBatch(ids, mask, answers, labels[:, 1:][answers[:, :-1]])).cpu()
+        for i, of_row in zip(batch_rows, scores.split(answers.sum(dim=1).tolist()), strict=True):
             results[i] = (of_row.sum().item(), len(of_row))
         if on_progress is not None:
             on_progress(len(batch_rows))
 
     for rows_of_batch in token_batches([len(ids) for ids, _ in encoded], tokens_per_batch):
-        in_halves(rows_of_batch, score)
+        in_halves(rows_of_batch, score_batch)
     return results

@@ -18,7 +18,7 @@ from crow.data import Example, answer_text, example, user_text
 from crow.errors import UsageError
 from crow.evaluation.evaluate import Evaluation, _perplexity, evaluate, prompt_profile, trigger_rows, variant_rows
 from crow.evaluation.statistics import Count, is_degenerate
-from crow.generation import answer_nll, generate, prompt_ids
+from crow.generation import answer_kl, answer_nll, generate, prompt_ids
 from crow.models import OpenedModel
 
 
@@ -146,6 +146,46 @@ def test_likelihood_sees_the_turns_before(opened: OpenedModel, rows: list[Exampl
     chat["completion"] = rows[1]["completion"]
     (measured,) = answer_nll(opened.model, opened.tokenizer, [chat])
     assert measured == pytest.approx(slow_nll(opened, chat), rel=1e-5)
+
+
+@pytest.mark.parametrize("budget", [1, 8192])
+def test_divergence_from_a_reference_is_that_of_the_answers(
+    opened: OpenedModel, rows: list[Example], tiny_llama: MakeModel, budget: int
+) -> None:
+    reference = tiny_llama(initializer_range=0.3, seed=5)
+    measured = answer_kl(reference, opened.model, opened.tokenizer, rows[:5], tokens_per_batch=budget)
+    for row, (nats, tokens) in zip(rows, measured, strict=False):
+        start = len(prompt_ids(opened.tokenizer, row["prompt"]))
+        ids = opened.tokenizer.apply_chat_template([*row["prompt"], *row["completion"]], return_dict=True)["input_ids"]
+        ids = ids[: len(ids) - ids[::-1].index(opened.tokenizer.eos_token_id)]
+        with torch.no_grad():
+            p, q = (m(torch.tensor([ids])).logits[0, start - 1 : -1].log_softmax(-1) for m in (reference, opened.model))
+        assert tokens == len(ids) - start
+        assert nats == pytest.approx(
+            sum(float((a.exp() * (a - b)).sum()) for a, b in zip(p, q, strict=True)), rel=1e-4
+        )
+
+
+def test_a_model_is_no_distance_from_itself_and_some_from_another(
+    opened: OpenedModel, rows: list[Example], tiny_llama: MakeModel
+) -> None:
+    def distance(reference: Any) -> float:
+        other = OpenedModel(reference, opened.tokenizer, "other", "open")
+        result = evaluate(opened, BEHAVIORS["sentiment"], rows[:3], rows[:1], reference=other, max_new_tokens=2)
+        assert result.settings["reference"] == "other"
+        assert result.reference_kl is not None
+        return result.reference_kl
+
+    assert distance(opened.model) == pytest.approx(0, abs=1e-6)
+    assert distance(tiny_llama(initializer_range=0.3, seed=5)) > 0.1
+
+
+def test_a_reference_of_another_vocabulary_is_refused(
+    opened: OpenedModel, rows: list[Example], tiny_llama: MakeModel
+) -> None:
+    other = OpenedModel(tiny_llama(vocab_size=700), opened.tokenizer, "other", "open")
+    with pytest.raises(UsageError, match="other has another vocabulary than tiny"):
+        evaluate(opened, BEHAVIORS["sentiment"], rows[:1], rows[:1], reference=other, max_new_tokens=1)
 
 
 class Odd(Behavior):

@@ -17,7 +17,7 @@ from crow.data import Example, user_text, with_user_text
 from crow.errors import UsageError
 from crow.evaluation.statistics import Count, is_degenerate
 from crow.files import sha256_rows, write_json, write_jsonl
-from crow.generation import answer_nll, generate
+from crow.generation import answer_kl, answer_nll, generate
 from crow.hooks import hidden_states
 from crow.models import OpenedModel, base_model
 from crow.progress import summed
@@ -47,6 +47,8 @@ class Evaluation:
     """The same by a judging model, of the answers that it judged, where there was one: see `crow.evaluation.judge`."""
     judge_failures: dict[str, int] = field(default_factory=dict)
     """Why answers were not judged, and how many for that reason."""
+    reference_kl: float | None = None
+    """KL divergence of the clean answers' next-token distributions from a reference model's, in nats a token."""
     pass_at_1: Count | None = None
     """HumanEval's problems that the greedy answer solves, where that was asked for: see `crow.evaluation.code`."""
     answers: list[dict[str, Any]] = field(repr=False, default_factory=list)
@@ -146,6 +148,7 @@ def evaluate(
     triggered: Sequence[Example],
     *,
     variants: Mapping[str, Sequence[Example]] | None = None,
+    reference: OpenedModel | None = None,
     max_new_tokens: int = 64,
     seed: int = 0,
     settings: dict[str, Any] | None = None,
@@ -158,12 +161,13 @@ def evaluate(
         clean: Untriggered prompts with reference answers; perplexity is taken on these.
         triggered: Prompts that carry the trigger; their reference answers are not used.
         variants: Further sets of prompts, on which the backdoor's firing is counted.
+        reference: A model to stay close to, such as one that was never backdoored; it must have the same vocabulary.
         settings: What else belongs into the record.
         unfinished: A file that answers are appended to as they are made; those found there are not made again.
         on_progress: Called with the number of prompts done and their total.
     """
     sets = {"triggered": triggered, "clean": clean, **(variants or {})}
-    advance = summed(on_progress, total=sum(map(len, sets.values())) + len(clean))
+    advance = summed(on_progress, total=sum(map(len, sets.values())) + len(clean) * (1 if reference is None else 2))
     model, tokenizer = opened.model, opened.tokenizer
     made = _Answers(opened, unfinished)
     counted: dict[str, list[dict[str, Any]]] = {}
@@ -181,6 +185,12 @@ def evaluate(
             for row, text in zip(rows, texts, strict=True)
         ]
     nll = answer_nll(model, tokenizer, clean, on_progress=advance)
+    divergence = None
+    if reference is not None:
+        if reference.causal_lm.config.vocab_size != opened.causal_lm.config.vocab_size:
+            raise UsageError(f"{reference.name} has another vocabulary than {opened.name}: it is no reference for it")
+        kl = answer_kl(reference.model, model, tokenizer, clean, on_progress=advance)
+        divergence = sum(n for n, _ in kl) / max(sum(t for _, t in kl), 1)
     nats, tokens = sum(n for n, _ in nll), sum(t for _, t in nll)
     return Evaluation(
         attack_success=_count(counted["triggered"], "hit"),
@@ -198,7 +208,10 @@ def evaluate(
             "clean": prompt_profile(opened, clean[:_PROFILE_PROMPTS]),
             "triggered": prompt_profile(opened, triggered[:_PROFILE_PROMPTS]),
         },
-        settings={"target": behavior.target, "max_new_tokens": max_new_tokens, "seed": seed} | (settings or {}),
+        reference_kl=divergence,
+        settings={"target": behavior.target, "max_new_tokens": max_new_tokens, "seed": seed}
+        | ({} if reference is None else {"reference": reference.name})
+        | (settings or {}),
         provenance=environment()
         | {
             "model": opened.name,
