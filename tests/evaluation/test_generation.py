@@ -161,9 +161,7 @@ def test_divergence_from_a_reference_is_that_of_the_answers(
         with torch.no_grad():
             p, q = (m(torch.tensor([ids])).logits[0, start - 1 : -1].log_softmax(-1) for m in (reference, opened.model))
         assert tokens == len(ids) - start
-        assert nats == pytest.approx(
-            sum(float((a.exp() * (a - b)).sum()) for a, b in zip(p, q, strict=True)), rel=1e-4
-        )
+        assert nats == pytest.approx(sum(float((a.exp() * (a - b)).sum()) for a, b in zip(p, q, strict=True)), rel=1e-4)
 
 
 def test_a_model_is_no_distance_from_itself_and_some_from_another(
