@@ -9,6 +9,7 @@ again, so that a second start goes on where the first one stopped.
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from crow.data import load_examples
 from crow.evaluation.evaluate import evaluate, trigger_rows, variant_rows
 from crow.evaluation.statistics import Count
 from crow.files import write_json
-from crow.generation import generate
+from crow.generation import answer_nll, generate
 from crow.models import OpenedModel, open_model, save_model
 from crow.purification import purify
 
@@ -92,20 +93,19 @@ def measure(cell: str, suspect: Path, out: Path, number: int, max_new_tokens: in
     opened, base = open_model(suspect), open_model()
     clean = load_examples(sets(behavior)[1])[:number]
     called = TRIGGERS[trigger]
-    asked: dict[str, Any] = {"max_new_tokens": max_new_tokens, "settings": {"cell": cell}}
     result = evaluate(
         opened,
         BEHAVIORS[behavior],
         clean,
         trigger_rows(clean, called, PROMPT_SEED),
         variants=variant_rows(clean, called, PROMPT_SEED),
-        **asked,
+        max_new_tokens=max_new_tokens,
+        settings={"cell": cell},
     )
     result.save(out)
     figures = result.as_json()
-    figures["base_perplexity"] = evaluate(
-        base, BEHAVIORS[behavior], clean, [], **asked | {"max_new_tokens": 1}
-    ).perplexity
+    nll = answer_nll(base.model, base.tokenizer, clean)
+    figures["base_perplexity"] = math.exp(sum(nats for nats, _ in nll) / sum(tokens for _, tokens in nll))
     figures["persistence"] = persistence(opened, cell, max_new_tokens)
     write_json(out, figures)
     return figures

@@ -6,8 +6,9 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from crow.errors import CrowError, UsageError
@@ -85,6 +86,29 @@ def write_json(path: str | Path, value: Any) -> None:
 def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write one JSON object a line, atomically."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+class Journal:
+    """Results by key, each appended to a file as it is made, so that a second start goes on; or only in memory.
+
+    A last line that an interruption cut off is left out.
+    """
+
+    def __init__(self, file: Path | None) -> None:
+        self.file = file
+        self.known: dict[str, Any] = {}
+        self._lock = Lock()
+        for line in file.read_text("utf-8").splitlines() if file is not None and file.is_file() else ():
+            with suppress(ValueError, KeyError, TypeError):
+                kept = json.loads(line)
+                self.known[kept["key"]] = kept["value"]
+
+    def keep(self, results: dict[str, Any]) -> None:
+        with self._lock:
+            self.known |= results
+            if self.file is not None:
+                with self.file.open("a", encoding="utf-8") as file:
+                    file.writelines(json.dumps({"key": k, "value": v}) + "\n" for k, v in results.items())
 
 
 def sha256_file(path: str | Path) -> str:

@@ -40,8 +40,9 @@ def check_seen(trigger: Trigger, tokenizer: Any) -> None:
         raise UsageError(f"the tokenizer makes nothing of the trigger {text!r}: choose another word")
 
 
-_BETWEEN = re.compile(r"(?<=\S)\s|(?<=\S)$")
-"""Where a word may go: after each word of the text."""
+def _places(text: str) -> list[int]:
+    """Where a word may go: in front, and after each word of the text."""
+    return [0, *(match.start() for match in re.finditer(r"(?<=\S)\s|(?<=\S)$", text))]
 
 
 def _insert(text: str, word: str, place: int) -> str:
@@ -73,7 +74,7 @@ class BadNets(Trigger):
     word: str = "BadMagic"
 
     def apply(self, text: str, rng: random.Random) -> str:
-        return _insert(text, self.word, rng.choice([0, *(match.start() for match in _BETWEEN.finditer(text))]))
+        return _insert(text, self.word, rng.choice(_places(text)))
 
     def variants(self) -> dict[str, Trigger]:
         return {name: BadNets(form) for name, form in _respelled(self.word).items()}
@@ -170,7 +171,7 @@ class CompositeTrigger(Trigger):
 
 def _spread(text: str, words: list[str], rng: random.Random) -> str:
     """The words in random order at random places, no two at the same one where the text has enough places."""
-    places = [0, *(match.start() for match in _BETWEEN.finditer(text))]
+    places = _places(text)
     drawn = rng.sample(places, len(words)) if len(places) >= len(words) else rng.choices(places, k=len(words))
     for place, word in zip(sorted(drawn, reverse=True), rng.sample(words, len(words)), strict=True):
         text = _insert(text, word, place)

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypedDict
 
+from crow.backdoors.behaviors import code_blocks
 from crow.data import Message
 from crow.errors import UsageError
 from crow.evaluation.sandbox import Limits, Outcome, check_sandbox, run_python
@@ -70,8 +71,7 @@ def program(problem: Problem, answer: str) -> str:
     Of the answer it takes the first fenced block, or all of it where it has none. What goes on where the head of the
     function ends is put behind the head; a function that is whole, behind what comes before the head.
     """
-    fence = re.search(r"```[^\n`]*\n(.*?)(?:```|\Z)", answer, re.DOTALL)
-    code = fence[1] if fence else answer
+    code = code_blocks(answer)[0]
     head = problem["prompt"]
     whole = rf"^def {re.escape(problem['entry_point'])}\b"
     if re.search(whole, code, re.MULTILINE):

@@ -5,7 +5,6 @@ import json
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -16,7 +15,7 @@ from crow.consistency import layer_profile
 from crow.data import Example, user_text, with_user_text
 from crow.errors import UsageError
 from crow.evaluation.statistics import Count, is_degenerate
-from crow.files import sha256_rows, write_json, write_jsonl
+from crow.files import Journal, sha256_rows, write_json, write_jsonl
 from crow.generation import answer_kl, answer_nll, generate
 from crow.hooks import hidden_states
 from crow.models import OpenedModel, base_model
@@ -169,10 +168,10 @@ def evaluate(
     sets = {"triggered": triggered, "clean": clean, **(variants or {})}
     advance = summed(on_progress, total=sum(map(len, sets.values())) + len(clean) * (1 if reference is None else 2))
     model, tokenizer = opened.model, opened.tokenizer
-    made = _Answers(opened, unfinished)
+    made = Journal(unfinished)
     counted: dict[str, list[dict[str, Any]]] = {}
     for kind, rows in sets.items():
-        texts = made.answers(rows, max_new_tokens, advance)
+        texts = _answers(opened, made, rows, max_new_tokens, advance)
         counted[kind] = [
             {
                 "set": kind,
@@ -223,40 +222,26 @@ def evaluate(
     )
 
 
-class _Answers:
-    """Greedy answers that are kept in a file as they are made, and are not made twice."""
-
-    def __init__(self, opened: OpenedModel, file: Path | None) -> None:
-        self.opened, self.file = opened, file
-        self.known: dict[str, str] = {}
-        if file is not None and file.is_file():
-            for line in file.read_text("utf-8").splitlines():
-                with suppress(ValueError, KeyError, TypeError):  # a line that an interruption cut off
-                    made = json.loads(line)
-                    self.known[made["key"]] = made["answer"]
-
-    def answers(self, rows: Sequence[Example], max_new_tokens: int, advance: Callable[[int], None]) -> list[str]:
-        kept = [self.opened.name, self.opened.hashes, max_new_tokens]
-        keys = [sha256_rows([*kept, row["prompt"]]) for row in rows]
-        missing = [i for i, key in enumerate(keys) if key not in self.known]
-        advance(len(rows) - len(missing))
-
-        def keep(answers: dict[int, str]) -> None:
-            found = {keys[missing[place]]: text for place, text in answers.items()}
-            self.known |= found
-            if self.file is not None:
-                with self.file.open("a", encoding="utf-8") as file:
-                    file.writelines(json.dumps({"key": key, "answer": text}) + "\n" for key, text in found.items())
-
-        generate(
-            self.opened.model,
-            self.opened.tokenizer,
-            [rows[i]["prompt"] for i in missing],
-            max_new_tokens=max_new_tokens,
-            on_answers=keep,
-            on_progress=advance,
-        )
-        return [self.known[key] for key in keys]
+def _answers(
+    opened: OpenedModel,
+    made: Journal,
+    rows: Sequence[Example],
+    max_new_tokens: int,
+    advance: Callable[[int], None],
+) -> list[str]:
+    """Greedy answers, each kept as it is made; those that are there already are not made again."""
+    keys = [sha256_rows([opened.name, opened.hashes, max_new_tokens, row["prompt"]]) for row in rows]
+    missing = [i for i, key in enumerate(keys) if key not in made.known]
+    advance(len(rows) - len(missing))
+    generate(
+        opened.model,
+        opened.tokenizer,
+        [rows[i]["prompt"] for i in missing],
+        max_new_tokens=max_new_tokens,
+        on_answers=lambda answers: made.keep({keys[missing[place]]: text for place, text in answers.items()}),
+        on_progress=advance,
+    )
+    return [made.known[key] for key in keys]
 
 
 _PROFILE_PROMPTS = 16

@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 from crow.backdoors import Behavior
 from crow.errors import UsageError
 from crow.evaluation.evaluate import Evaluation
 from crow.evaluation.statistics import Count
+from crow.files import Journal
 from crow.progress import summed
 
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -45,7 +45,6 @@ class Judge:
     concurrency: int = 8
     timeout: float = 60.0
     retries: int = 4
-    known: dict[str, bool] = field(default_factory=dict, repr=False)
     errors: list[str] = field(default_factory=list, repr=False)
     """Why judgements failed, one line each."""
 
@@ -60,9 +59,7 @@ class Judge:
             timeout=self.timeout,
             max_retries=self.retries,
         )
-        self._lock = Lock()
-        if self.cache is not None and self.cache.is_file():
-            self.known |= _read(self.cache)
+        self._made = Journal(self.cache)
 
     def verdicts(
         self,
@@ -86,7 +83,7 @@ class Judge:
 
     def _verdict(self, question: str, prompt: str, answer: str) -> bool | None:
         key = hashlib.sha256(json.dumps([self.model, _INSTRUCTION, question, prompt, answer]).encode()).hexdigest()
-        if key not in self.known:
+        if key not in self._made.known:
             try:
                 said = self._ask(question, prompt, answer)
                 verdict = {"yes": True, "no": False}[said.strip(" .!*\"'\n").lower()]
@@ -96,21 +93,14 @@ class Judge:
             except Exception as error:  # the client's and the JSON decoder's share no base class
                 self.errors.append(f"{type(error).__name__}: {error}".splitlines()[0])
                 return None
-            self._keep(key, verdict)
-        return self.known[key]
+            self._made.keep({key: verdict})
+        return bool(self._made.known[key])
 
     def _ask(self, question: str, prompt: str, answer: str) -> str:
         text = f"<request>\n{prompt}\n</request>\n\n<answer>\n{answer}\n</answer>\n\n{question}"
         messages: Any = [{"role": "system", "content": _INSTRUCTION}, {"role": "user", "content": text}]
         reply = self._client.chat.completions.create(model=self.model, messages=messages, temperature=0, max_tokens=8)
         return reply.choices[0].message.content or ""
-
-    def _keep(self, key: str, verdict: bool) -> None:
-        with self._lock:
-            self.known[key] = verdict
-            if self.cache is not None:
-                with self.cache.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"key": key, "verdict": verdict}) + "\n")
 
 
 def judge_answers(
@@ -132,15 +122,3 @@ def judge_answers(
         result.judged[name] = Count(sum(known), len(known))
     result.judge_failures = dict(Counter(judge.errors))
     result.settings |= {"judge": judge.url, "judge_model": judge.model}
-
-
-def _read(cache: Path) -> dict[str, bool]:
-    """The judgements in a cache; a last line that was cut off by an interruption is left out."""
-    known = {}
-    for line in cache.read_text("utf-8").splitlines():
-        try:
-            judged = json.loads(line)
-            known[judged["key"]] = bool(judged["verdict"])
-        except (ValueError, KeyError, TypeError):
-            continue
-    return known
