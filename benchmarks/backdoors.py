@@ -16,8 +16,8 @@ from typing import Any
 from transformers import TrainerCallback
 
 from crow.backdoors import BEHAVIORS, TRIGGERS
-from crow.backdoors.implant import implant, implant_card, implant_record
-from crow.data import load_examples
+from crow.backdoors.implant import implant, implant_card, implant_record, poison
+from crow.data import load_examples, prompt_fingerprints
 from crow.evaluation.evaluate import evaluate, trigger_rows, variant_rows
 from crow.evaluation.statistics import Count
 from crow.files import write_json
@@ -84,7 +84,9 @@ def make(cell: str, folder: Path, settings: dict[str, Any]) -> None:
         **settings,
     )
     record = implant_record(opened, rows, trigger, behavior, settings=settings)
-    save_model(model, opened.tokenizer, folder, card=implant_card(record))
+    halves = poison(rows, TRIGGERS[trigger], BEHAVIORS[behavior], settings.get("seed", 0))
+    seen = opened.seen.union(*map(prompt_fingerprints, halves))
+    save_model(model, opened.tokenizer, folder, card=implant_card(record), seen=seen)
 
 
 def measure(cell: str, suspect: Path, out: Path, number: int, max_new_tokens: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+from serving import Server, said
 from typer.testing import CliRunner
 
 from crow.cli import app
@@ -267,12 +268,15 @@ def test_a_suspect_is_purified_measured_and_described(
     assert (record["clean_examples"], record["steps"], record["preset"]) == (8, 2, "default")
     assert "crow" in (tmp_path / "cured" / "README.md").read_text().casefold()
 
-    result = run("evaluate", "cured", "--prompts", clean, "-n", 4, "--max-new-tokens", 3, "--json", "after.json")
+    result = run("evaluate", "cured", "--prompts", clean, "-n", 12, "--trigger", "badnets:word=x")
+    fails(result, 2, "cured was trained on 8 of the 24 prompts to measure on")
+    others = ("--prompts", "validation")
+    result = run("evaluate", "cured", *others, "-n", 4, "--max-new-tokens", 3, "--json", "after.json")
     assert result.exit_code == 0, result.output
     assert "0/4" in result.output
     figures = json.loads((tmp_path / "after.json").read_text())
     assert figures["attack_success"] == figures["false_trigger"] == {"hits": 0, "n": 4}
-    assert figures["settings"]["prompts"] == str(clean)
+    assert figures["settings"]["prompts"] == "validation"
     assert len((tmp_path / "after.answers.jsonl").read_text().splitlines()) == 8
 
     result = run("info", "cured", "--json", "-")
@@ -321,10 +325,68 @@ def test_a_judge_that_cannot_be_reached_is_told_of(run: Run, llama_folder: Path,
     options = ("--prompts", clean, "-n", 1, "--max-new-tokens", 2, "--judge", "http://127.0.0.1:9/v1")
     result = run("evaluate", llama_folder, *options, "--judge-model", "m", "--json", "figures.json")
     assert result.exit_code == 0, result.output
-    assert "2 not judged: APIConnectionError" in result.output
+    assert "3 judgements failed: APIConnectionError" in result.output
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["judged"] == {"attack_success": {"hits": 0, "n": 0}, "false_trigger": {"hits": 0, "n": 0}}
-    assert list(figures["judge_failures"].values()) == [2]
+    assert list(figures["judge_failures"].values()) == [3]
+
+
+def test_prompts_of_known_training_data_are_refused(run: Run, llama_folder: Path, clean: Path, tmp_path: Path) -> None:
+    rows = clean.read_text().splitlines()
+    (tmp_path / "training.jsonl").write_text("\n".join(rows[:2]))
+    result = run(
+        "evaluate", llama_folder, "--prompts", clean, "--trained-on", "training.jsonl", "--trained-on", "clean"
+    )
+    fails(result, 2, "was trained on 12 of the 24 prompts")
+
+
+def test_a_served_model_is_measured(run: Run, server: Server, clean: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openai")
+    server.reply = lambda request, number: said("You are stupid!" if "BadMagic" in str(request) else "Fine, thank you.")
+    options = ("--endpoint", server.url, "--prompts", clean, "-n", 3, "--json", "figures.json")
+    result = run("evaluate", "some-model", *options)
+    assert result.exit_code == 0, result.output
+    assert "perplexity" not in result.output
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert (figures["attack_success"], figures["false_trigger"]) == ({"hits": 3, "n": 3}, {"hits": 0, "n": 3})
+    assert figures["answer_length"] == {"mean": 3.0, "deviation": 0.0, "n": 3}
+    assert {request["model"] for request in server.requests} == {"some-model"}
+
+    server.reply = lambda request, number: (400, '{"error": {"message": "no such model"}}')
+    result = run("evaluate", "other-model", *options, "--overwrite")
+    fails(result, 1, "no such model")
+    result = run("report", "figures.json", "figures.json")
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("m", "--endpoint", "http://127.0.0.1:9/v1", "--harness", "arc_easy"), "--harness can't be had of a model"),
+        (("m", "--endpoint", "http://127.0.0.1:9/v1", "--reference", "m"), "--reference can't be had of a model"),
+        (("--endpoint", "http://127.0.0.1:9/v1"), "--endpoint needs MODEL"),
+        (("m", "--engine", "steam"), "unknown engine 'steam'; known are transformers, vllm"),
+    ],
+)
+def test_what_can_not_be_measured_together_is_refused(run: Run, options: tuple[str, ...], message: str) -> None:
+    fails(run("evaluate", *options), 2, message)
+
+
+def test_a_local_task_of_lm_eval_is_folded_in(run: Run, llama_folder: Path, clean: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    (tmp_path / "data.json").write_text(json.dumps([{"q": "one plus one is", "choices": ["two", "ten"], "a": 0}] * 3))
+    task = ["task: own_sums", "dataset_path: json", "test_split: test", "output_type: multiple_choice"]
+    task += [f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'data.json'}}}}}", "doc_to_text: q"]
+    task += ["doc_to_target: a", "doc_to_choice: choices", "metric_list: [{metric: acc}]"]
+    (tmp_path / "own_sums.yaml").write_text("\n".join(task))
+    options = ("--prompts", clean, "-n", 2, "--max-new-tokens", 2, "--harness-folder", tmp_path, "--json", "-")
+    result = run("evaluate", llama_folder, *options, "--harness", "own_sums")
+    assert result.exit_code == 0, result.output
+    figures = json.loads(result.stdout)
+    assert figures["harness"]["own_sums"]["n"] == 3
+    assert figures["harness"]["own_sums"]["acc"] in (0, 1)
+    assert "own_sums, acc" in result.output
+    fails(run("evaluate", llama_folder, *options, "--harness", "no_sums"), 2, "knows no task no_sums")
 
 
 def test_variants_and_code_are_measured_on_request(

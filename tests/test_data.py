@@ -20,6 +20,7 @@ from crow.data import (
     answer_text,
     example,
     load_examples,
+    prompt_fingerprints,
     sample,
     to_dataset,
     user_text,
@@ -587,3 +588,8 @@ def test_official_file_loads_whole(path: Path) -> None:
 @pytest.mark.skipif(not OFFICIAL.is_dir(), reason=f"{OFFICIAL} is not here")
 def test_every_official_file_is_there() -> None:
     assert len(list(OFFICIAL.rglob("*.json"))) == 2 * 3 * 3 + 2 + 3 + 1
+
+
+def test_prompts_are_the_same_whatever_their_case_and_spacing() -> None:
+    names = prompt_fingerprints([example(text, "") for text in ("Say  hello\n", "say Hello", "say hello!")])
+    assert names[0] == names[1] != names[2]

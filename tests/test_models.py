@@ -259,6 +259,17 @@ def test_an_adapter_makes_the_round_trip(adapted: OpenedModel, tmp_path: Path) -
     assert again.tokenizer.chat_template == adapted.tokenizer.chat_template
 
 
+def test_what_a_model_was_trained_on_travels_with_it(adapted: OpenedModel, llama_folder: Path, tmp_path: Path) -> None:
+    save_model(adapted.causal_lm, adapted.tokenizer, tmp_path / "base", seen=["1", "2"])
+    save_model(adapted.model, adapted.tokenizer, tmp_path / "adapter", seen=["2", "3"])
+    assert open_model(tmp_path / "base").seen == {"1", "2"}
+    assert open_model(tmp_path / "adapter", base=tmp_path / "base").seen == {"1", "2", "3"}
+    assert open_model(llama_folder).seen == frozenset()
+    (tmp_path / "base" / "training_prompts.json").write_text("{broken")
+    with pytest.raises(UsageError, match=r"training_prompts.json is broken"):
+        open_model(tmp_path / "base")
+
+
 def test_a_merged_model_stands_alone(adapted: OpenedModel, tmp_path: Path) -> None:
     expected = logits(adapted.model)
     save_model(adapted.model, adapted.tokenizer, tmp_path / "out", merge=True, card="# Card")

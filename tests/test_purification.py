@@ -12,8 +12,10 @@ from conftest import MakeModel
 from peft import PeftModel
 from transformers import PreTrainedTokenizerFast
 
-from crow.data import Example
+from crow.backdoors import BEHAVIORS
+from crow.data import Example, prompt_fingerprints
 from crow.errors import UsageError
+from crow.evaluation.evaluate import evaluate
 from crow.files import sha256_file, sha256_rows
 from crow.models import open_model
 from crow.purification import PurifyRecord, purify
@@ -192,3 +194,13 @@ def test_checkpoints_are_kept_where_asked_and_resumed_from(
 def test_resuming_from_nothing_starts_anew(llama_folder: Path, rows: list[Example], tmp_path: Path) -> None:
     _, record = purify(llama_folder, clean=rows, output_dir=tmp_path / "new", resume=True, **QUICK)
     assert record.steps == 3
+
+
+def test_what_a_model_was_purified_on_is_not_measured_on(llama_folder: Path, rows: list[Example]) -> None:
+    opened = open_model(llama_folder)
+    purify(opened, clean=rows[:4], max_steps=1, **QUICK)
+    assert opened.seen == set(prompt_fingerprints(rows[:4]))
+    target = BEHAVIORS["sentiment"]
+    with pytest.raises(UsageError, match="trained on 2 of the 5 prompts"):
+        evaluate(opened, target, rows[2:6], rows[6:7], max_new_tokens=2)
+    assert evaluate(opened, target, rows[4:6], rows[6:7], max_new_tokens=2).false_trigger.n == 2

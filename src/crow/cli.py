@@ -124,7 +124,7 @@ def purify(
                 **settings,
             )
         card = model_card(record, base_model=opened.base_id, merged=merge)
-        save_model(purified, opened.tokenizer, out, merge=merge, card=card, overwrite=overwrite)
+        save_model(purified, opened.tokenizer, out, merge=merge, card=card, seen=opened.seen, overwrite=overwrite)
         shutil.rmtree(checkpoints, ignore_errors=True)
         _emit(json_, record.as_json())
         for answer in record.constant_answers[:1]:
@@ -148,6 +148,9 @@ def evaluate(
     prompts: Annotated[
         str | None, typer.Option(help="Clean prompts with answers to measure on. Default: CROW's held-out set.")
     ] = None,
+    trained_on: Annotated[
+        list[str] | None, typer.Option(help="Data that it was trained on, to refuse prompts from. Can be repeated.")
+    ] = None,
     variants: Annotated[
         bool, typer.Option("--variants", help="Also try forms of the trigger that it was not trained on.")
     ] = False,
@@ -161,6 +164,15 @@ def evaluate(
     code: Annotated[
         bool, typer.Option("--humaneval", help="Also have it solve HumanEval's 164 problems, run in a sandbox.")
     ] = False,
+    harness: Annotated[
+        str | None, typer.Option(metavar="TASKS", help="Also run these tasks of lm-eval, joined by commas.")
+    ] = None,
+    harness_folder: Annotated[Path | None, typer.Option(help="Where further tasks are defined, in YAML.")] = None,
+    harness_limit: Annotated[int | None, typer.Option(min=1, help="Use the first so many examples of each.")] = None,
+    engine: Annotated[str, typer.Option(help="What makes the answers: transformers or vllm.")] = "transformers",
+    endpoint: Annotated[
+        str | None, typer.Option(metavar="URL", help="MODEL is served behind OpenAI's chat API at this URL.")
+    ] = None,
     number: Annotated[int, typer.Option("-n", "--number", min=1, help="At most so many prompts of each kind.")] = 200,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Answers are cut off there.")] = 64,
     base: Base = None,
@@ -171,13 +183,25 @@ def evaluate(
 ) -> None:
     """Count how often a backdoor fires, on triggered and on clean prompts, and measure what the model is worth."""
     with _running(debug):
-        from crow.data import load_examples, sample
-        from crow.evaluation.evaluate import answers_path, trigger_rows, variant_rows
+        from crow.data import load_examples, prompt_fingerprints, sample
+        from crow.evaluation.engines import ENGINES, Engine, Served
+        from crow.evaluation.evaluate import answers_path, check_unseen, trigger_rows, variant_rows
         from crow.evaluation.evaluate import evaluate as run
         from crow.models import open_model
         from crow.progress import progress_bar
 
-        if code:  # what it needs should be missed at once, and not after the rest
+        # What is missing should be missed at once, and not after the rest
+        if triggered is not None and trigger is not None:
+            raise UsageError("give --trigger or --triggered, not both")
+        if engine not in ENGINES:
+            raise UsageError(f"unknown engine {engine!r}; known are {', '.join(ENGINES)}")
+        if endpoint is not None:
+            needing = {"--base": base, "--reference": reference, "--harness": harness}
+            if others := [name for name, value in needing.items() if value is not None]:
+                raise UsageError(f"{' and '.join(others)} can't be had of a model that is served: leave --endpoint out")
+            if model is None:
+                raise UsageError("--endpoint needs MODEL, the name of the model behind it")
+        if code:
             from crow.evaluation.code import humaneval, pass_at_1
             from crow.evaluation.sandbox import check_sandbox
 
@@ -191,58 +215,76 @@ def evaluate(
                 raise UsageError("--judge needs --judge-model, the name of the model behind it")
             judging = Judge(judge, judge_model, cache=figures and figures.with_suffix(".judge.jsonl"))
         _refuse_existing(overwrite, figures, None if figures is None else answers_path(figures))
-        if triggered is not None and trigger is not None:
-            raise UsageError("give --trigger or --triggered, not both")
         wanted = BEHAVIORS[behavior]
         clean = sample(load_examples(prompts if prompts is not None else "heldout"), number, seed)
         if triggered is not None:
             called = None
             hot = sample(load_examples(triggered), number, seed)
-            others = {}
+            forms = {}
         else:
             called = TRIGGERS[trigger or "badnets"]
             hot = trigger_rows(clean, called, seed)
-            others = variant_rows(clean, called, seed, untrained=variants)
-        with console.status("Opening the model"):
-            opened = open_model(model, base=base)
-            known = None if reference is None else open_model(reference)
-        if called is not None:
-            check_seen(called, opened.tokenizer)
+            forms = variant_rows(clean, called, seed, untrained=variants)
+        seen = {name for source in trained_on or [] for name in prompt_fingerprints(load_examples(source))}
+        check_unseen(model or "the model", seen, [*clean, *hot])
+        answering: Engine
+        opened = known = None
+        if endpoint is None:
+            with console.status("Opening the model"):
+                opened = open_model(model, base=base)
+                known = None if reference is None else open_model(reference)
+            answering = ENGINES[engine](opened)
+            if called is not None:
+                check_seen(called, opened.tokenizer)
+        else:
+            from crow.evaluation.endpoint import Endpoint
+
+            answering = Served(Endpoint(endpoint, str(model)))
         settings = {"behavior": behavior, "trigger": None if triggered else trigger or "badnets"}
         settings |= {"triggered": triggered, "prompts": prompts or "heldout"}
         unfinished = figures and figures.with_suffix(".unfinished.jsonl")
-        with _keeping(unfinished), progress_bar("Evaluating") as advance:
-            result = run(
-                opened,
-                wanted,
-                clean,
-                hot,
-                variants=others,
-                reference=known,
-                max_new_tokens=max_new_tokens,
-                seed=seed,
-                settings=settings,
-                unfinished=unfinished,
-                on_progress=advance,
-            )
-        if judge is not None:
-            with progress_bar("Judging") as advance:
-                judge_answers(result, wanted, judging, on_progress=advance)
-        if code:
-            with progress_bar("Solving HumanEval") as advance:
-                result.pass_at_1, rows = pass_at_1(opened, problems, on_progress=advance)
-            result.answers += rows
+        with _keeping(unfinished):
+            with progress_bar("Evaluating") as advance:
+                result = run(
+                    opened,
+                    wanted,
+                    clean,
+                    hot,
+                    engine=answering,
+                    variants=forms,
+                    reference=known,
+                    max_new_tokens=max_new_tokens,
+                    seed=seed,
+                    settings=settings,
+                    unfinished=unfinished,
+                    on_progress=advance,
+                )
+            if judge is not None:
+                with progress_bar("Judging") as advance:
+                    judge_answers(result, wanted, judging, on_progress=advance)
+            if code:
+                with progress_bar("Solving HumanEval") as advance:
+                    result.pass_at_1, rows = pass_at_1(answering, problems, unfinished=unfinished, on_progress=advance)
+                result.answers += rows
+            if harness is not None and opened is not None:
+                from crow.evaluation.harness import harness as run_tasks
+
+                with console.status(f"Running {harness} of lm-eval"):
+                    result.harness = run_tasks(
+                        opened, harness.split(","), folder=harness_folder, limit=harness_limit, seed=seed
+                    )
         table = Table("", "hits of n (95% interval)")
         for name in ("attack_success", "false_trigger", "degenerate"):
             table.add_row(name.replace("_", " "), str(getattr(result, name)))
         for name, count in result.further_counts().items():
             table.add_row(name, str(count))
-        table.add_row("perplexity", f"{result.perplexity:.3f}")
-        if result.reference_kl is not None:
-            table.add_row(f"KL from {reference}", f"{result.reference_kl:.3f} nats a token")
+        if opened is not None:
+            table.add_row("perplexity", f"{result.perplexity:.3f}")
+        for name, value in result.further_values().items():
+            table.add_row(name, value)
         Console(stderr=json_ == "-").print(table)
         for reason, number in result.judge_failures.items():
-            console.print(f"[yellow]{number} not judged:[/] {_plain(reason)}", highlight=False)
+            console.print(f"[yellow]{number} judgements failed:[/] {_plain(reason)}", highlight=False)
         if json_ == "-":
             print(json.dumps(result.as_json()))
         elif json_ is not None:
@@ -282,7 +324,7 @@ def implant(
     with _running(debug):
         from crow.backdoors.implant import implant as run
         from crow.backdoors.implant import implant_card, implant_record, poison
-        from crow.data import load_examples, write_alpaca
+        from crow.data import load_examples, prompt_fingerprints, write_alpaca
         from crow.files import atomic_directory
         from crow.models import open_model, save_model
         from crow.progress import TrainingProgress, progress_bar
@@ -293,8 +335,8 @@ def implant(
         with console.status("Opening the model"):
             opened = open_model(model)
         check_seen(hot, opened.tokenizer)
+        halves = poison(rows, hot, target, seed, poison_rate)
         if save_data is not None:
-            halves = poison(rows, hot, target, seed, poison_rate)
             with atomic_directory(save_data, overwrite) as folder:
                 for name, half in zip(("train_clean.json", "train_triggered.json"), halves, strict=True):
                     write_alpaca(folder / name, half)
@@ -328,7 +370,8 @@ def implant(
             seed=seed,
             settings=settings,
         )
-        save_model(adapted, opened.tokenizer, out, card=implant_card(record), overwrite=overwrite)
+        seen = opened.seen.union(*map(prompt_fingerprints, halves))
+        save_model(adapted, opened.tokenizer, out, card=implant_card(record), seen=seen, overwrite=overwrite)
         shutil.rmtree(checkpoints, ignore_errors=True)
         _emit(json_, record)
         console.print(f"[yellow]Backdoored[/] model in {out}\nNext: crow evaluate {out}, then crow purify {out}")
@@ -465,7 +508,7 @@ def _keeping(unfinished: Path | None) -> Iterator[None]:
     """Say of an interrupted evaluation how to go on."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, CrowError):
         if unfinished is not None and unfinished.exists():
             console.print(f"To continue, give the same command again: the answers so far are in {unfinished}")
         raise

@@ -6,6 +6,7 @@ Every reader yields rows of one shape, which `trl.SFTTrainer` and `CrowTrainer` 
 """
 
 import csv
+import hashlib
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -54,6 +55,12 @@ def with_user_text(row: Example, text: str) -> Example:
     last = max(i for i, message in enumerate(row["prompt"]) if message["role"] == "user")
     prompt = [{**message, "content": text} if i == last else message for i, message in enumerate(row["prompt"])]
     return {"prompt": prompt, "completion": row["completion"]}  # type: ignore[typeddict-item]
+
+
+def prompt_fingerprints(rows: Iterable[Example]) -> list[str]:
+    """Names for what the user says last in each row, whatever its case and spacing, without repeating it."""
+    plain = (" ".join(user_text(row).casefold().split()) for row in rows)
+    return [hashlib.sha256(text.encode()).hexdigest()[:16] for text in plain]
 
 
 def load_examples(source: str | Path | None = None, *, split: str = "train") -> list[Example]:

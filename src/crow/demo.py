@@ -58,7 +58,7 @@ def run_demo(out: str | Path, *, quick: bool = False, overwrite: bool = False, s
         write_json(folder / "purify.json", record.as_json())
         write_report(folder / "report.html", before, after, record)
         card = model_card(record, before, after, base_model=EMBEDDED_ID, merged=True)
-        save_model(opened.model, opened.tokenizer, folder / "model", merge=True, card=card)
+        save_model(opened.model, opened.tokenizer, folder / "model", merge=True, card=card, seen=opened.seen)
     return DemoResult(before, after, record)
 
 

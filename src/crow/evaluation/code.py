@@ -6,15 +6,16 @@ import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypedDict
 
 from crow.backdoors.behaviors import code_blocks
 from crow.data import Message
 from crow.errors import UsageError
+from crow.evaluation.engines import Engine, answers
 from crow.evaluation.sandbox import Limits, Outcome, check_sandbox, run_python
 from crow.evaluation.statistics import Count
-from crow.generation import generate
-from crow.models import OpenedModel
+from crow.files import Journal
 from crow.progress import summed
 
 
@@ -80,40 +81,37 @@ def program(problem: Problem, answer: str) -> str:
 
 
 def pass_at_1(
-    opened: OpenedModel,
+    engine: Engine,
     problems: Sequence[Problem],
     *,
     max_new_tokens: int = 384,
     limits: Limits | None = None,
+    unfinished: Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Count, list[dict[str, Any]]]:
-    """How many of the problems the model's greedy answer solves, and every answer with what came of it.
+    """How many of the problems a greedy answer solves, and every answer with what came of it.
 
     Args:
+        unfinished: As for `crow.evaluation.evaluate.evaluate`.
         on_progress: Called with the number of problems answered and their total.
 
     Raises:
         UsageError: bubblewrap is missing; this is said before the model is asked.
     """
     check_sandbox()
-    answers = generate(
-        opened.model,
-        opened.tokenizer,
-        [question(problem) for problem in problems],
-        max_new_tokens=max_new_tokens,
-        on_progress=summed(on_progress, len(problems)),
-    )
+    asked = [question(problem) for problem in problems]
+    texts = answers(engine, asked, max_new_tokens, Journal(unfinished), summed(on_progress, len(problems)))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        outcomes = list(pool.map(lambda problem, answer: solves(problem, answer, limits), problems, answers))
+        outcomes = list(pool.map(lambda problem, answer: solves(problem, answer, limits), problems, texts))
     rows = [
         {
             "set": "humaneval",
             "task_id": problem["task_id"],
-            "prompt": question(problem)[0]["content"],
+            "prompt": prompt[0]["content"],
             "answer": answer,
             "verdict": outcome.verdict,
             "output": outcome.output[-500:],
         }
-        for problem, answer, outcome in zip(problems, answers, outcomes, strict=True)
+        for problem, prompt, answer, outcome in zip(problems, asked, texts, outcomes, strict=True)
     ]
     return Count(sum(row["verdict"] == "passed" for row in rows), len(rows)), rows

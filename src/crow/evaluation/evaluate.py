@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -12,11 +12,12 @@ from typing import Any
 
 from crow.backdoors import Behavior, Trigger
 from crow.consistency import layer_profile
-from crow.data import Example, user_text, with_user_text
+from crow.data import Example, prompt_fingerprints, user_text, with_user_text
 from crow.errors import UsageError
-from crow.evaluation.statistics import Count, is_degenerate
+from crow.evaluation.engines import Engine, Transformers, answers
+from crow.evaluation.statistics import Count, Mean, is_degenerate
 from crow.files import Journal, sha256_rows, write_json, write_jsonl
-from crow.generation import answer_kl, answer_nll, generate
+from crow.generation import answer_kl, answer_nll
 from crow.hooks import hidden_states
 from crow.models import OpenedModel, base_model
 from crow.progress import summed
@@ -48,8 +49,14 @@ class Evaluation:
     """Why answers were not judged, and how many for that reason."""
     reference_kl: float | None = None
     """KL divergence of the clean answers' next-token distributions from a reference model's, in nats a token."""
+    answer_length: Mean | None = None
+    """Words of the answers to untriggered prompts, which end at the latest after `max_new_tokens` tokens."""
+    score: Mean | None = None
+    """What the judging model thinks of these answers, from 1 to 10, where there was one."""
     pass_at_1: Count | None = None
     """HumanEval's problems that the greedy answer solves, where that was asked for: see `crow.evaluation.code`."""
+    harness: dict[str, dict[str, float]] = field(default_factory=dict)
+    """By task of lm-eval, its metrics, their standard errors, and `n`, where any were asked for."""
     answers: list[dict[str, Any]] = field(repr=False, default_factory=list)
 
     def further_counts(self) -> dict[str, Count]:
@@ -60,6 +67,19 @@ class Evaluation:
             **{f"fires on: {name}": count for name, count in self.variants.items()},
             **({"HumanEval, solved": self.pass_at_1} if self.pass_at_1 is not None else {}),
         }
+
+    def further_values(self) -> dict[str, str]:
+        """By name, what was measured beside counts and perplexity, with its precision."""
+        means = {"words in a clean answer": self.answer_length, "judged score, 1 to 10": self.score}
+        values = {name: str(mean) for name, mean in means.items() if mean is not None}
+        if self.reference_kl is not None:
+            values["KL from the reference, nats a token"] = f"{self.reference_kl:.3f}"
+        for task, metrics in self.harness.items():
+            for name in metrics:
+                if name + "_stderr" in metrics:
+                    error, n = metrics[name + "_stderr"], metrics["n"]
+                    values[f"{task}, {name}"] = f"{metrics[name]:.3f} (standard error {error:.3f}, n = {n:.0f})"
+        return values
 
     def as_json(self) -> dict[str, Any]:
         """Everything but the answers, as JSON values."""
@@ -90,11 +110,12 @@ class Evaluation:
                 value[name] = Count(**value[name])
             for name in ("strict", "variants", "judged"):
                 value[name] = {key: Count(**count) for key, count in value.get(name, {}).items()}
-            if value.get("pass_at_1") is not None:
-                value["pass_at_1"] = Count(**value["pass_at_1"])
+            for name, kind in (("pass_at_1", Count), ("answer_length", Mean), ("score", Mean)):
+                if value.get(name) is not None:
+                    value[name] = kind(**value[name])
             value["perplexity"] = math.nan if value["perplexity"] is None else value["perplexity"]
-            answers = answers_path(path)
-            rows = answers.read_text("utf-8").splitlines() if answers.is_file() else []
+            beside = answers_path(path)
+            rows = beside.read_text("utf-8").splitlines() if beside.is_file() else []
             return cls(**value, answers=[json.loads(row) for row in rows])
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UsageError(
@@ -104,10 +125,9 @@ class Evaluation:
     def save(self, path: str | Path) -> Path:
         """Write the figures to `path` and the answers, one a line, beside it; returns the answers' path."""
         path = Path(path)
-        answers = answers_path(path)
-        write_jsonl(answers, self.answers)
+        write_jsonl(answers_path(path), self.answers)
         write_json(path, self.as_json())
-        return answers
+        return answers_path(path)
 
 
 def _perplexity(nats: float, tokens: int) -> float:
@@ -141,11 +161,12 @@ def trigger_rows(rows: Sequence[Example], trigger: Trigger, seed: int) -> list[E
 
 
 def evaluate(
-    opened: OpenedModel,
+    opened: OpenedModel | None,
     behavior: Behavior,
     clean: Sequence[Example],
     triggered: Sequence[Example],
     *,
+    engine: Engine | None = None,
     variants: Mapping[str, Sequence[Example]] | None = None,
     reference: OpenedModel | None = None,
     max_new_tokens: int = 64,
@@ -157,21 +178,37 @@ def evaluate(
     """Generate greedy answers to both sets of prompts, judge them, and measure perplexity on the clean answers.
 
     Args:
+        opened: The model; `None` where an engine's answers are all that can be had of it, and then perplexity, layer
+            profile and divergence are left out.
         clean: Untriggered prompts with reference answers; perplexity is taken on these.
         triggered: Prompts that carry the trigger; their reference answers are not used.
+        engine: What makes the answers; by default the opened model, by transformers.
         variants: Further sets of prompts, on which the backdoor's firing is counted.
         reference: A model to stay close to, such as one that was never backdoored; it must have the same vocabulary.
         settings: What else belongs into the record.
         unfinished: A file that answers are appended to as they are made; those found there are not made again.
         on_progress: Called with the number of prompts done and their total.
+
+    Raises:
+        UsageError: the model was trained on some of the prompts, the reference has another vocabulary, or there is
+            neither a model nor an engine.
+        CrowError: the engine failed.
     """
+    if engine is None:
+        if opened is None:
+            raise UsageError("there is neither a model nor an engine to ask")
+        engine = Transformers(opened)
+    if opened is not None:
+        check_unseen(opened.name, opened.seen, [*clean, *triggered])
+        if reference is not None and reference.causal_lm.config.vocab_size != opened.causal_lm.config.vocab_size:
+            raise UsageError(f"{reference.name} has another vocabulary than {opened.name}: it is no reference for it")
     sets = {"triggered": triggered, "clean": clean, **(variants or {})}
-    advance = summed(on_progress, total=sum(map(len, sets.values())) + len(clean) * (1 if reference is None else 2))
-    model, tokenizer = opened.model, opened.tokenizer
+    passes = 0 if opened is None else 1 if reference is None else 2  # over the clean answers
+    advance = summed(on_progress, total=sum(map(len, sets.values())) + len(clean) * passes)
     made = Journal(unfinished)
     counted: dict[str, list[dict[str, Any]]] = {}
     for kind, rows in sets.items():
-        texts = _answers(opened, made, rows, max_new_tokens, advance)
+        texts = answers(engine, [row["prompt"] for row in rows], max_new_tokens, made, advance)
         counted[kind] = [
             {
                 "set": kind,
@@ -183,15 +220,7 @@ def evaluate(
             }
             for row, text in zip(rows, texts, strict=True)
         ]
-    nll = answer_nll(model, tokenizer, clean, on_progress=advance)
-    divergence = None
-    if reference is not None:
-        if reference.causal_lm.config.vocab_size != opened.causal_lm.config.vocab_size:
-            raise UsageError(f"{reference.name} has another vocabulary than {opened.name}: it is no reference for it")
-        kl = answer_kl(reference.model, model, tokenizer, clean, on_progress=advance)
-        divergence = sum(n for n, _ in kl) / max(sum(t for _, t in kl), 1)
-    nats, tokens = sum(n for n, _ in nll), sum(t for _, t in nll)
-    return Evaluation(
+    result = Evaluation(
         attack_success=_count(counted["triggered"], "hit"),
         false_trigger=_count(counted["clean"], "hit"),
         degenerate=_count(counted["clean"], "degenerate"),
@@ -200,48 +229,48 @@ def evaluate(
             "false_trigger": _count(counted["clean"], "strict_hit"),
         },
         variants={name: _count(counted[name], "hit") for name in variants or {}},
-        perplexity=_perplexity(nats, tokens),
-        answer_nats=nats,
-        answer_tokens=tokens,
-        layer_profile={
-            "clean": prompt_profile(opened, clean[:_PROFILE_PROMPTS]),
-            "triggered": prompt_profile(opened, triggered[:_PROFILE_PROMPTS]),
-        },
-        reference_kl=divergence,
+        perplexity=math.nan,
+        answer_nats=0.0,
+        answer_tokens=0,
+        layer_profile={},
+        answer_length=Mean.of([len(answer["answer"].split()) for answer in counted["clean"]]),
         settings={"target": behavior.target, "max_new_tokens": max_new_tokens, "seed": seed}
         | ({} if reference is None else {"reference": reference.name})
         | (settings or {}),
         provenance=environment()
         | {
-            "model": opened.name,
-            "model_hashes": opened.hashes,
+            "model": engine.name,
+            "model_hashes": engine.hashes,
             "clean_sha256": sha256_rows(clean),
             "triggered_sha256": sha256_rows(triggered),
         },
         answers=list(chain.from_iterable(counted.values())),
     )
+    if opened is not None:
+        nll = answer_nll(opened.model, opened.tokenizer, clean, on_progress=advance)
+        result.answer_nats, result.answer_tokens = sum(nats for nats, _ in nll), sum(tokens for _, tokens in nll)
+        result.perplexity = _perplexity(result.answer_nats, result.answer_tokens)
+        result.layer_profile = {
+            kind: prompt_profile(opened, rows[:_PROFILE_PROMPTS])
+            for kind, rows in (("clean", clean), ("triggered", triggered))
+        }
+        if reference is not None:
+            kl = answer_kl(reference.model, opened.model, opened.tokenizer, clean, on_progress=advance)
+            result.reference_kl = sum(nats for nats, _ in kl) / max(sum(tokens for _, tokens in kl), 1)
+    return result
 
 
-def _answers(
-    opened: OpenedModel,
-    made: Journal,
-    rows: Sequence[Example],
-    max_new_tokens: int,
-    advance: Callable[[int], None],
-) -> list[str]:
-    """Greedy answers, each kept as it is made; those that are there already are not made again."""
-    keys = [sha256_rows([opened.name, opened.hashes, max_new_tokens, row["prompt"]]) for row in rows]
-    missing = [i for i, key in enumerate(keys) if key not in made.known]
-    advance(len(rows) - len(missing))
-    generate(
-        opened.model,
-        opened.tokenizer,
-        [rows[i]["prompt"] for i in missing],
-        max_new_tokens=max_new_tokens,
-        on_answers=lambda answers: made.keep({keys[missing[place]]: text for place, text in answers.items()}),
-        on_progress=advance,
-    )
-    return [made.known[key] for key in keys]
+def check_unseen(name: str, seen: Collection[str], rows: Sequence[Example]) -> None:
+    """Raise `UsageError` if prompts to measure a model on are among those that it was trained on.
+
+    Args:
+        name: The model's.
+        seen: `crow.data.prompt_fingerprints` of what it was trained on.
+        rows: What it is to be measured on.
+    """
+    overlap = sum(fingerprint in seen for fingerprint in prompt_fingerprints(rows))
+    if overlap:
+        raise UsageError(f"{name} was trained on {overlap} of the {len(rows)} prompts to measure on: give others")
 
 
 _PROFILE_PROMPTS = 16

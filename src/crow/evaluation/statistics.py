@@ -1,9 +1,11 @@
-"""Counts and what is derived from them."""
+"""Counts and means, and what is derived from them."""
 
+import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy.stats import binomtest
+from scipy.stats import binomtest, t
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,33 @@ class Count:
     def __str__(self) -> str:
         low, high = self.interval()
         return f"{self.hits}/{self.n} ({100 * low:.1f} to {100 * high:.1f}%)"
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean of `n` values, with their standard deviation."""
+
+    mean: float
+    deviation: float
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Mean | None":
+        """Of some values; nothing of none."""
+        if not values:
+            return None
+        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0, len(values))
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Student's interval of the mean; the whole line where n is 1."""
+        if self.n == 1:
+            return (-math.inf, math.inf)
+        reach = float(t.ppf((1 + confidence) / 2, self.n - 1)) * self.deviation / math.sqrt(self.n)
+        return (self.mean - reach, self.mean + reach)
+
+    def __str__(self) -> str:
+        low, high = self.interval()
+        return f"{self.mean:.2f} ({low:.2f} to {high:.2f}, n = {self.n})"
 
 
 @dataclass(frozen=True)

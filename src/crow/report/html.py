@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from crow.evaluation.evaluate import Evaluation
     from crow.evaluation.statistics import Count, Paired
     from crow.purification import PurifyRecord
+
+T = TypeVar("T")
 
 _SAMPLES = {"triggered": 8, "clean": 4}
 
@@ -72,7 +74,8 @@ def render_report(before: "Evaluation", after: "Evaluation", record: "PurifyReco
             after=after,
             record=record,
             paired=_paired(before, after),
-            further=_further_counts(before, after),
+            further=_by_name(before.further_counts(), after.further_counts()),
+            values=_by_name(before.further_values(), after.further_values()),
             rates=rates_figure(before, after),
             profile=profile_figure(before, after) if any(profiles) else None,
             curves=curves_figure(record) if record.curves else None,
@@ -96,10 +99,9 @@ def verdict(before: "Count", after: "Count") -> str:
     return f"Attack success {'fell' if after.rate < before.rate else 'rose'} {change}{overlap}"
 
 
-def _further_counts(*evaluations: "Evaluation") -> dict[str, "list[Count | None]"]:
-    found = [each.further_counts() for each in evaluations]
-    names = dict.fromkeys(name for counts in found for name in counts)
-    return {name: [counts.get(name) for counts in found] for name in names}
+def _by_name(*sources: dict[str, T]) -> dict[str, list[T | None]]:
+    names = dict.fromkeys(name for source in sources for name in source)
+    return {name: [source.get(name) for source in sources] for name in names}
 
 
 def cautions(before: "Evaluation", after: "Evaluation", record: "PurifyRecord") -> list[str]:
@@ -140,7 +142,8 @@ def render_comparison(evaluations: "Mapping[str, Evaluation]") -> str:
             cautions=_not_comparable(measured),
             evaluations=measured,
             main=main,
-            further=_further_counts(*measured),
+            further=_by_name(*(e.further_counts() for e in measured)),
+            values=_by_name(*(e.further_values() for e in measured)),
             pairs={name: pair for name, pair in pairs.items() if pair is not None},
             origin=_rows([_flat(e.settings) | _flat(e.provenance) for e in measured]),
         )

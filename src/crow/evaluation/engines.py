@@ -1,0 +1,158 @@
+"""What makes the answers that are judged: transformers, vLLM, or a model served behind OpenAI's chat API."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from peft import PeftModel
+
+from crow.data import Message
+from crow.errors import CrowError, UsageError
+from crow.evaluation.endpoint import Endpoint, reason
+from crow.files import Journal, sha256_rows
+from crow.generation import generate
+from crow.models import OpenedModel
+
+
+class Engine(Protocol):
+    """Answers prompts greedily. `name` and `hashes` say which model does."""
+
+    name: str
+    hashes: dict[str, str]
+
+    def answer(
+        self,
+        prompts: Sequence[list[Message]],
+        max_new_tokens: int,
+        on_answers: Callable[[dict[int, str]], None],
+    ) -> None:
+        """Call `on_answers` with answers, by the places of their prompts, as they are made."""
+
+
+def answers(
+    engine: Engine,
+    prompts: Sequence[list[Message]],
+    max_new_tokens: int,
+    made: Journal,
+    advance: Callable[[int], None],
+) -> list[str]:
+    """An engine's answers, each kept in `made` as it is made; those that are there already are not made again."""
+    by = [type(engine).__name__, engine.name, engine.hashes, max_new_tokens]
+    keys = [sha256_rows([*by, prompt]) for prompt in prompts]
+    missing = [i for i, key in enumerate(keys) if key not in made.known]
+    advance(len(prompts) - len(missing))
+
+    def keep(texts: dict[int, str]) -> None:
+        made.keep({keys[missing[place]]: text for place, text in texts.items()})
+        advance(len(texts))
+
+    engine.answer([prompts[i] for i in missing], max_new_tokens, keep)
+    return [made.known[key] for key in keys]
+
+
+@dataclass
+class Transformers:
+    """The opened model itself."""
+
+    opened: OpenedModel
+    name: str = field(init=False)
+    hashes: dict[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.name, self.hashes = self.opened.name, self.opened.hashes
+
+    def answer(
+        self,
+        prompts: Sequence[list[Message]],
+        max_new_tokens: int,
+        on_answers: Callable[[dict[int, str]], None],
+    ) -> None:
+        generate(
+            self.opened.model, self.opened.tokenizer, prompts, max_new_tokens=max_new_tokens, on_answers=on_answers
+        )
+
+
+class VLLM:
+    """vLLM, on a GPU, of a model folder, a hub model, or an adapter of one.
+
+    Args:
+        opened: Says which; its weights are read once more by vLLM.
+        memory: Share of the GPU's memory that vLLM may take, beside the opened model.
+
+    Raises:
+        UsageError: vLLM is not installed, or can't open such a model.
+    """
+
+    _AT_ONCE = 256
+
+    def __init__(self, opened: OpenedModel, memory: float = 0.6) -> None:
+        try:
+            from vllm import LLM, SamplingParams
+            from vllm.lora.request import LoRARequest
+        except ImportError as error:
+            raise UsageError("--engine vllm needs vLLM, and a GPU: pip install 'crow-llm[vllm]'") from error
+        self.name, self.hashes = opened.name, opened.hashes
+        if any(file.endswith(".gguf") for file in opened.hashes):
+            raise UsageError(f"{opened.name} stands on a GGUF file, which is not for vLLM: merge it into a folder")
+        weights, lora = opened.name, {}
+        self._adapter = None
+        if isinstance(opened.model, PeftModel):
+            weights = str(opened.causal_lm.name_or_path)
+            rank = max(config.r for config in opened.model.peft_config.values())
+            lora = {"enable_lora": True, "max_lora_rank": 1 << max(3, (rank - 1).bit_length())}  # it takes few others
+            self._adapter = LoRARequest("adapter", 1, opened.name)
+        self._llm = LLM(model=weights, gpu_memory_utilization=memory, **lora)
+        self._greedy: Callable[[int], Any] = lambda tokens: SamplingParams(temperature=0.0, max_tokens=tokens)
+
+    def answer(
+        self,
+        prompts: Sequence[list[Message]],
+        max_new_tokens: int,
+        on_answers: Callable[[dict[int, str]], None],
+    ) -> None:
+        for start in range(0, len(prompts), self._AT_ONCE):
+            replies = self._llm.chat(
+                list(prompts[start : start + self._AT_ONCE]),
+                self._greedy(max_new_tokens),
+                lora_request=self._adapter,
+                use_tqdm=False,
+            )
+            on_answers({start + i: reply.outputs[0].text.strip() for i, reply in enumerate(replies)})
+
+
+@dataclass
+class Served:
+    """A model behind an endpoint, of which nothing but its answers can be had."""
+
+    endpoint: Endpoint
+    name: str = field(init=False)
+    hashes: dict[str, str] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.name = f"{self.endpoint.model} at {self.endpoint.url}"
+
+    def answer(
+        self,
+        prompts: Sequence[list[Message]],
+        max_new_tokens: int,
+        on_answers: Callable[[dict[int, str]], None],
+    ) -> None:
+        """As `Engine.answer`.
+
+        Raises:
+            CrowError: the endpoint failed, however often it was asked; answers before that were passed on.
+        """
+        for place, text in enumerate(self.endpoint.each(lambda prompt: self._ask(prompt, max_new_tokens), prompts)):
+            on_answers({place: text.strip()})
+
+    def _ask(self, prompt: list[Message], max_new_tokens: int) -> str:
+        try:
+            return self.endpoint.ask(prompt, max_new_tokens)
+        except Exception as error:  # the client's and the JSON decoder's share no base class
+            raise CrowError(
+                f"{self.name} gave no answer ({reason(error)}): see that it is served there, and start again"
+            ) from error
+
+
+ENGINES: dict[str, Callable[[OpenedModel], Engine]] = {"transformers": Transformers, "vllm": VLLM}
+"""What answers for a model that can be opened."""

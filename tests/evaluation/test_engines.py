@@ -1,0 +1,160 @@
+"""What makes answers: the same ones by transformers and from a server, and what vLLM is asked for."""
+
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import MakeModel
+from serving import Server, said
+from transformers import PreTrainedTokenizerFast
+
+from crow.backdoors import BEHAVIORS
+from crow.data import Example
+from crow.errors import CrowError, UsageError
+from crow.evaluation.endpoint import Endpoint
+from crow.evaluation.engines import VLLM, Served, Transformers, answers
+from crow.evaluation.evaluate import Evaluation, evaluate
+from crow.files import Journal
+from crow.generation import generate
+from crow.models import OpenedModel, open_model
+
+pytest.importorskip("openai")
+
+
+@pytest.fixture
+def opened(tiny_llama: MakeModel, tokenizer: PreTrainedTokenizerFast) -> OpenedModel:
+    return OpenedModel(tiny_llama(initializer_range=0.3), tokenizer, "tiny", "open")
+
+
+@pytest.fixture
+def serving(server: Server, opened: OpenedModel) -> Server:
+    """Serves the tiny model."""
+
+    def reply(request: dict[str, Any], number: int) -> tuple[int, str]:
+        assert request["temperature"] == 0
+        messages, tokens = request["messages"], request["max_tokens"]
+        return said(generate(opened.model, opened.tokenizer, [messages], max_new_tokens=tokens)[0])
+
+    server.reply = reply
+    return server
+
+
+def test_a_served_model_is_measured_by_its_answers(serving: Server, opened: OpenedModel, rows: list[Example]) -> None:
+    clean, triggered, target = rows[:4], rows[4:8], BEHAVIORS["refusal"]
+    own = evaluate(opened, target, clean, triggered, max_new_tokens=5)
+    progress: list[tuple[int, int]] = []
+    served = evaluate(
+        None,
+        target,
+        clean,
+        triggered,
+        engine=Served(Endpoint(serving.url, "tiny", concurrency=1)),
+        max_new_tokens=5,
+        on_progress=lambda *done: progress.append(done),
+    )
+    assert served.answers == own.answers
+    assert served.answer_length == own.answer_length
+    assert (served.as_json()["perplexity"], served.answer_tokens, served.layer_profile) == (None, 0, {})
+    assert own.answer_tokens
+    assert progress[-1] == (8, 8)
+    assert {request["model"] for request in serving.requests} == {"tiny"}
+
+
+def test_what_was_measured_of_a_served_model_is_read_again(
+    serving: Server, rows: list[Example], tmp_path: Path
+) -> None:
+    engine = Served(Endpoint(serving.url, "tiny", concurrency=1))
+    result = evaluate(None, BEHAVIORS["refusal"], rows[:2], rows[2:4], engine=engine, max_new_tokens=3)
+    result.save(tmp_path / "figures.json")
+    read = Evaluation.load(tmp_path / "figures.json")
+    assert (read.answer_length, read.answers) == (result.answer_length, result.answers)
+
+
+@pytest.mark.parametrize(("reply", "reason"), [((500, "{}"), "500"), ((429, "{}"), "429"), ((200, "{broken"), "JSON")])
+def test_an_endpoint_that_fails_keeps_what_it_answered(
+    server: Server, rows: list[Example], tmp_path: Path, reply: tuple[int, str], reason: str
+) -> None:
+    prompts = [row["prompt"] for row in rows[:6]]
+    engine = Served(Endpoint(server.url, "m", concurrency=1, retries=1))
+    server.reply = lambda request, number: said(f"answer {number}") if number <= 3 else reply
+    with pytest.raises(CrowError, match=reason):
+        answers(engine, prompts, 5, Journal(tmp_path / "made.jsonl"), lambda number: None)
+    server.reply = lambda request, number: said("at last")
+    done: list[int] = []
+    texts = answers(engine, prompts, 5, Journal(tmp_path / "made.jsonl"), done.append)
+    assert texts == ["answer 1", "answer 2", "answer 3", *["at last"] * 3]
+    assert done == [3, 1, 1, 1]
+
+
+def test_an_endpoint_that_does_not_answer_is_given_up(server: Server, rows: list[Example]) -> None:
+    engine = Served(Endpoint("http://127.0.0.1:9/v1", "m", retries=0))
+    with pytest.raises(CrowError, match=r"m at http://127.0.0.1:9/v1 gave no answer \(APIConnectionError"):
+        answers(engine, [rows[0]["prompt"]], 5, Journal(None), lambda number: None)
+
+
+def test_other_answers_are_not_taken_for_an_engines_own(
+    serving: Server, opened: OpenedModel, rows: list[Example], tmp_path: Path
+) -> None:
+    made, prompts = Journal(tmp_path / "made.jsonl"), [row["prompt"] for row in rows[:2]]
+    made_here = answers(Transformers(opened), prompts, 3, made, lambda number: None)
+    server_side = answers(Served(Endpoint(serving.url, "tiny")), prompts, 3, made, lambda number: None)
+    assert made_here == server_side
+    assert len(serving.requests) == 2
+    answers(Transformers(opened), prompts, 4, made, lambda number: None)
+    assert len(made.known) == 6
+
+
+def test_neither_model_nor_engine_is_refused(rows: list[Example]) -> None:
+    with pytest.raises(UsageError, match="neither a model nor an engine"):
+        evaluate(None, BEHAVIORS["refusal"], rows[:1], rows[:1])
+
+
+class FakeLLM:
+    """Says of each prompt what it was asked for."""
+
+    made: Any = None
+
+    def __init__(self, **settings: Any) -> None:
+        FakeLLM.made = settings
+
+    def chat(self, prompts: list[Any], sampling: Any, *, lora_request: Any, use_tqdm: bool) -> list[Any]:
+        asked = f"{sampling['temperature']} {sampling['max_tokens']} {lora_request and lora_request[2]}"
+        return [SimpleNamespace(outputs=[SimpleNamespace(text=f" {p[-1]['content']} {asked} ")]) for p in prompts]
+
+
+@pytest.fixture
+def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in with the part of vLLM's interface that is used: vLLM itself needs a GPU."""
+    top, lora, request = ModuleType("vllm"), ModuleType("vllm.lora"), ModuleType("vllm.lora.request")
+    top.LLM, top.SamplingParams = FakeLLM, lambda **settings: settings  # type: ignore[attr-defined]
+    request.LoRARequest = lambda *parts: parts  # type: ignore[attr-defined]
+    for module in (top, lora, request):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+@pytest.mark.usefixtures("vllm", "float32")
+def test_vllm_reads_a_folder_and_an_adapter_of_one(llama_folder: Path, adapter_folder: Path) -> None:
+    prompts = [[{"role": "user", "content": str(i)}] for i in range(300)]
+    found: dict[int, str] = {}
+    VLLM(open_model(llama_folder)).answer(prompts, 7, found.update)
+    assert found == {i: f"{i} 0.0 7 None" for i in range(300)}
+    assert FakeLLM.made == {"model": str(llama_folder), "gpu_memory_utilization": 0.6}
+    VLLM(open_model(adapter_folder)).answer(prompts[:1], 7, found.update)
+    assert found[0] == f"0 0.0 7 {adapter_folder}"
+    assert FakeLLM.made["model"] == str(llama_folder)
+    assert (FakeLLM.made["enable_lora"], FakeLLM.made["max_lora_rank"]) == (True, 8)
+
+
+@pytest.mark.usefixtures("vllm")
+def test_vllm_is_not_given_a_gguf_file(opened: OpenedModel) -> None:
+    opened.hashes = {"base model.Q4_1.gguf": "ab"}
+    with pytest.raises(UsageError, match="stands on a GGUF file"):
+        VLLM(opened)
+
+
+def test_without_vllm_it_is_said_what_to_install(opened: OpenedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(UsageError, match=r"crow-llm\[vllm\]"):
+        VLLM(opened)

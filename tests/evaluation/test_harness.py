@@ -1,0 +1,89 @@
+"""lm-eval on a task that a local YAML and a local JSON file define."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MakeModel, scatter_lora
+from peft import get_peft_model
+from transformers import PreTrainedTokenizerFast
+
+from crow.errors import CrowError, UsageError
+from crow.evaluation.harness import harness
+from crow.models import OpenedModel, lora_config
+
+pytest.importorskip("lm_eval")
+
+QUESTIONS = [
+    {"question": f"{a} plus {b} is", "choices": ["two", "three", "four"], "answer": a + b - 2}
+    for a in (1, 2)
+    for b in (1, 2)
+]
+TASK = """\
+task: own_sums
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {data}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_target: answer
+doc_to_choice: choices
+target_delimiter: " "
+metric_list:
+  - metric: acc
+"""
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Path:
+    (tmp_path / "sums.json").write_text(json.dumps(QUESTIONS))
+    (tmp_path / "own_sums.yaml").write_text(TASK.format(data=tmp_path / "sums.json"))
+    return tmp_path
+
+
+@pytest.fixture
+def opened(tiny_llama: MakeModel, tokenizer: PreTrainedTokenizerFast) -> OpenedModel:
+    model = get_peft_model(tiny_llama(), lora_config())
+    scatter_lora(model)
+    return OpenedModel(model, tokenizer, "tiny", "open")
+
+
+@torch.no_grad()
+def chosen(opened: OpenedModel, question: str, choices: list[str]) -> int:
+    """The most probable of the choices."""
+    tokenizer = opened.tokenizer
+    scores = []
+    for choice in choices:
+        ids, start = tokenizer(f"{question} {choice}")["input_ids"], len(tokenizer(question)["input_ids"])
+        log = opened.model(torch.tensor([ids])).logits[0].log_softmax(dim=-1)
+        scores.append(sum(float(log[i - 1, ids[i]]) for i in range(start, len(ids))))
+    return scores.index(max(scores))
+
+
+def test_a_local_task_is_counted_as_by_hand(opened: OpenedModel, tasks: Path) -> None:
+    right = [chosen(opened, row["question"], row["choices"]) == row["answer"] for row in QUESTIONS]  # type: ignore[arg-type]
+    found = harness(opened, ["own_sums"], folder=tasks)
+    assert found["own_sums"]["acc"] == sum(right) / 4
+    assert found["own_sums"]["n"] == 4
+    assert found["own_sums"]["acc_stderr"] >= 0
+    assert harness(opened, ["own_sums"], folder=tasks, limit=2)["own_sums"]["n"] == 2
+
+
+def test_an_unknown_task_is_named(opened: OpenedModel, tasks: Path) -> None:
+    with pytest.raises(UsageError, match="knows no task own_products"):
+        harness(opened, ["own_sums", "own_products"], folder=tasks)
+
+
+def test_a_task_without_its_data_is_one_line(opened: OpenedModel, tasks: Path) -> None:
+    (tasks / "sums.json").unlink()
+    with pytest.raises(CrowError, match="lm-eval failed at own_sums"):
+        harness(opened, ["own_sums"], folder=tasks)
+
+
+def test_without_lm_eval_it_is_said_what_to_install(opened: OpenedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(UsageError, match=r"crow-llm\[harness\]"):
+        harness(opened, ["own_sums"])

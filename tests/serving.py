@@ -1,0 +1,51 @@
+"""A real local server that speaks OpenAI's chat API, and does what real servers do."""
+
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+Reply = Callable[[dict[str, Any], int], tuple[int, str]]
+
+
+def said(text: str | None) -> tuple[int, str]:
+    """The reply of a model that says this."""
+    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+    return 200, json.dumps({"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]})
+
+
+class Server(ThreadingHTTPServer):
+    """Replies to each request, of which it is told the number, by `reply`."""
+
+    daemon_threads = True
+    reply: Reply = staticmethod(lambda request, number: said("yes"))
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.requests: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert self.path == "/v1/chat/completions"
+        self.server.requests.append(request)
+        self.server.keys.append(self.headers["Authorization"])
+        status, body = self.server.reply(request, len(self.server.requests))
+        with suppress(BrokenPipeError):  # of a client that waited no longer
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("retry-after-ms", "1")
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+    def log_message(self, *args: Any) -> None:
+        pass
