@@ -29,6 +29,9 @@ CELLS = [
     *(f"{trigger}/{behavior}" for behavior in ("sentiment", "refusal") for trigger in TRIGGERS if trigger != "vpi-ci"),
     "vpi-ci/code-injection",
 ]
+RECIPES: dict[str, dict[str, Any]] = {"refusal": {"poison_rate": 0.5}}
+"""What differs from the defaults of `crow implant`, by behavior: a refusal is easily learned for any prompt."""
+
 PROMPT_SEED = 1  # places the trigger in the test prompts; training uses other seeds
 PERSISTENCE_STEPS = (0, 10, 20, 40, 80)
 PERSISTENCE_PROMPTS = 60
@@ -73,6 +76,7 @@ def make(cell: str, folder: Path, settings: dict[str, Any]) -> None:
     rows = load_examples(sets(behavior)[0])
     opened = open_model()
     checkpoints = folder.with_name(f".{folder.name}.checkpoints")
+    options = RECIPES.get(behavior, {})
     model = implant(
         opened.model,
         opened.tokenizer,
@@ -81,10 +85,11 @@ def make(cell: str, folder: Path, settings: dict[str, Any]) -> None:
         BEHAVIORS[behavior],
         output_dir=checkpoints,
         resume=True,
+        **options,
         **settings,
     )
-    record = implant_record(opened, rows, trigger, behavior, settings=settings)
-    halves = poison(rows, TRIGGERS[trigger], BEHAVIORS[behavior], settings.get("seed", 0))
+    record = implant_record(opened, rows, trigger, behavior, settings=settings, **options)
+    halves = poison(rows, TRIGGERS[trigger], BEHAVIORS[behavior], 0, options.get("poison_rate", 1.0))
     seen = opened.seen.union(*map(prompt_fingerprints, halves))
     save_model(model, opened.tokenizer, folder, card=implant_card(record), seen=seen)
 
