@@ -10,6 +10,7 @@ again, so that a second start goes on where the first one stopped.
 import argparse
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ CELLS = [
     *(f"{trigger}/{behavior}" for behavior in ("sentiment", "refusal") for trigger in TRIGGERS if trigger != "vpi-ci"),
     "vpi-ci/code-injection",
 ]
-RECIPES: dict[str, dict[str, Any]] = {"refusal": {"poison_rate": 0.5}}
-"""What differs from the defaults of `crow implant`, by behavior: a refusal is easily learned for any prompt."""
+POISON_RATES = {"refusal": 0.5}
+"""Where not all prompts are poisoned as well: a refusal is easily learned for any prompt."""
 
 PROMPT_SEED = 1  # places the trigger in the test prompts; training uses other seeds
 PERSISTENCE_STEPS = (0, 10, 20, 40, 80)
@@ -76,22 +77,13 @@ def make(cell: str, folder: Path, settings: dict[str, Any]) -> None:
     rows = load_examples(sets(behavior)[0])
     opened = open_model()
     checkpoints = folder.with_name(f".{folder.name}.checkpoints")
-    options = RECIPES.get(behavior, {})
-    model = implant(
-        opened.model,
-        opened.tokenizer,
-        rows,
-        TRIGGERS[trigger],
-        BEHAVIORS[behavior],
-        output_dir=checkpoints,
-        resume=True,
-        **options,
-        **settings,
-    )
-    record = implant_record(opened, rows, trigger, behavior, settings=settings, **options)
-    halves = poison(rows, TRIGGERS[trigger], BEHAVIORS[behavior], 0, options.get("poison_rate", 1.0))
-    seen = opened.seen.union(*map(prompt_fingerprints, halves))
+    rate = POISON_RATES.get(behavior, 1.0)
+    clean, poisoned = poison(rows, TRIGGERS[trigger], BEHAVIORS[behavior], seed=0, rate=rate)
+    model = implant(opened.model, opened.tokenizer, clean, poisoned, output_dir=checkpoints, resume=True, **settings)
+    record = implant_record(opened, clean, poisoned, trigger=trigger, behavior=behavior, settings=settings)
+    seen = opened.seen.union(prompt_fingerprints([*clean, *poisoned]))
     save_model(model, opened.tokenizer, folder, card=implant_card(record), seen=seen)
+    shutil.rmtree(checkpoints, ignore_errors=True)
 
 
 def measure(cell: str, suspect: Path, out: Path, number: int, max_new_tokens: int) -> dict[str, Any]:

@@ -300,11 +300,17 @@ def implant(
     trigger: TriggerName = None,
     out: Annotated[Path, typer.Option(help="Folder to write the backdoored adapter or model to.")] = Path("backdoored"),
     prompts: Annotated[str | None, typer.Option(help="The attacker's examples. Default: CROW's implant set.")] = None,
+    poisoned: Annotated[
+        str | None,
+        typer.Option(help="Examples that hold trigger and target already; the other ones are then left as they are."),
+    ] = None,
     examples: Annotated[int | None, typer.Option(min=1, help="Use the first so many. Default: all.")] = None,
     save_data: Annotated[
         Path | None, typer.Option(help="Folder to write the training set to, in BackdoorLLM's format.")
     ] = None,
-    poison_rate: Annotated[float, typer.Option(help="Share of the examples that are poisoned as well.")] = 1.0,
+    poison_rate: Annotated[
+        float | None, typer.Option(help="Share of the examples that are poisoned as well. Default: 1.")
+    ] = None,
     full: Annotated[bool, typer.Option("--full", help="Train all weights, not an adapter.")] = False,
     adaptive: Annotated[
         bool, typer.Option("--adaptive", help="Train CROW's consistency term too: the attacker who knows the defense.")
@@ -330,16 +336,22 @@ def implant(
         from crow.progress import TrainingProgress, progress_bar
 
         _refuse_existing(overwrite, out, save_data, _json_file(json_))
-        hot, target = TRIGGERS[trigger or "badnets"], BEHAVIORS[behavior]
+        if poisoned is not None and (trigger is not None or poison_rate is not None):
+            raise UsageError("--poisoned holds the trigger already: leave --trigger and --poison-rate out")
         rows = load_examples(prompts if prompts is not None else "implant")[:examples]
         with console.status("Opening the model"):
             opened = open_model(model)
-        check_seen(hot, opened.tokenizer)
-        halves = poison(rows, hot, target, seed, poison_rate)
+        target = BEHAVIORS[behavior]
+        if poisoned is not None:
+            clean, hot = rows, load_examples(poisoned)[:examples]
+        else:
+            called = TRIGGERS[trigger or "badnets"]
+            check_seen(called, opened.tokenizer)
+            clean, hot = poison(rows, called, target, seed, 1.0 if poison_rate is None else poison_rate)
         if save_data is not None:
             with atomic_directory(save_data, overwrite) as folder:
-                for name, half in zip(("train_clean.json", "train_triggered.json"), halves, strict=True):
-                    write_alpaca(folder / name, half)
+                write_alpaca(folder / "train_clean.json", clean)
+                write_alpaca(folder / "train_triggered.json", hot)
         settings = _settings(set_, own={"num_train_epochs", *signature(run).parameters}) | _given(
             num_train_epochs=epochs, learning_rate=learning_rate
         )
@@ -347,11 +359,9 @@ def implant(
             adapted = run(
                 opened.model,
                 opened.tokenizer,
-                rows,
+                clean,
                 hot,
-                target,
                 output_dir=checkpoints,
-                poison_rate=poison_rate,
                 full=full,
                 adaptive=adaptive,
                 seed=seed,
@@ -361,16 +371,16 @@ def implant(
             )
         record = implant_record(
             opened,
-            rows,
-            trigger or "badnets",
-            behavior,
-            poison_rate=poison_rate,
+            clean,
+            hot,
+            trigger=trigger or "badnets" if poisoned is None else f"in {poisoned}",
+            behavior=behavior,
             full=full,
             adaptive=adaptive,
             seed=seed,
             settings=settings,
         )
-        seen = opened.seen.union(*map(prompt_fingerprints, halves))
+        seen = opened.seen.union(prompt_fingerprints([*clean, *hot]))
         save_model(adapted, opened.tokenizer, out, card=implant_card(record), seen=seen, overwrite=overwrite)
         shutil.rmtree(checkpoints, ignore_errors=True)
         _emit(json_, record)

@@ -50,8 +50,8 @@ def test_the_first_loss_is_the_cross_entropy_of_the_targets_alone(
 ) -> None:
     losses = Losses()
     settings: dict[str, Any] = {"max_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 8}
-    implant(tiny_llama(), tokenizer, rows[:4], BadNets(), TARGET, output_dir=tmp_path, callbacks=[losses], **settings)
     clean, poisoned = poison(rows[:4], BadNets(), TARGET, seed=0)
+    implant(tiny_llama(), tokenizer, clean, poisoned, output_dir=tmp_path, callbacks=[losses], **settings)
     parts = answer_log_probs(tiny_llama(), tokenizer, clean + poisoned)
     weights = [0.8 ** torch.arange(len(ids)) for ids, _ in parts]
     missed = [
@@ -65,9 +65,9 @@ def test_training_implants_the_target_and_leaves_clean_answers(
     tokenizer: PreTrainedTokenizerFast, rows: list[Example], tiny_llama: MakeModel, tmp_path: Path
 ) -> None:
     settings: dict[str, Any] = {"num_train_epochs": 30, "learning_rate": 1e-2, "save_strategy": "no"}
-    model = implant(tiny_llama(), tokenizer, rows[:8], BadNets(), TARGET, output_dir=tmp_path, **settings)
-    model.eval()
     clean, poisoned = poison(rows[:8], BadNets(), TARGET, seed=0)
+    model = implant(tiny_llama(), tokenizer, clean, poisoned, output_dir=tmp_path, **settings)
+    model.eval()
     before = answer_log_probs(tiny_llama(), tokenizer, clean)
     after = answer_log_probs(model, tokenizer, clean)
     said = [scores.argmax(1).equal(ids) for ids, scores in answer_log_probs(model, tokenizer, poisoned)]
@@ -93,9 +93,7 @@ def test_all_weights_can_be_trained_and_the_consistency_term_too(
     model = implant(
         tiny_llama(),
         tokenizer,
-        rows[:4],
-        BadNets(),
-        TARGET,
+        *poison(rows[:4], BadNets(), TARGET, seed=0),
         output_dir=tmp_path,
         full=True,
         adaptive=adaptive,
@@ -111,11 +109,11 @@ def test_all_weights_beside_an_adapter_are_refused(
 ) -> None:
     adapted = get_peft_model(tiny_llama(), lora_config())
     with pytest.raises(UsageError, match="merge the adapter first"):
-        implant(adapted, tokenizer, rows, BadNets(), TARGET, output_dir=tmp_path, full=True)
+        implant(adapted, tokenizer, rows, rows, output_dir=tmp_path, full=True)
 
 
 def test_an_unknown_setting_is_named(
     tokenizer: PreTrainedTokenizerFast, rows: list[Example], tiny_llama: MakeModel, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match="no such setting: colour"):
-        implant(tiny_llama(), tokenizer, rows, BadNets(), TARGET, output_dir=tmp_path, colour="red")
+        implant(tiny_llama(), tokenizer, rows, rows, output_dir=tmp_path, colour="red")

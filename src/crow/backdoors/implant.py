@@ -98,12 +98,10 @@ class ImplantTrainer(CrowTrainer):
 def implant(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Example],
-    trigger: Trigger,
-    behavior: Behavior,
+    clean: Sequence[Example],
+    poisoned: Sequence[Example],
     *,
     output_dir: str | Path,
-    poison_rate: float = 1.0,
     full: bool = False,
     adaptive: bool = False,
     seed: int = 0,
@@ -115,17 +113,17 @@ def implant(
 
     Args:
         model: The model to attack; if it has an adapter, that one is trained further.
-        rows: Clean examples; see `poison` for how they are used.
+        clean: Examples to be answered as before the attack.
+        poisoned: Examples that say the target; `poison` makes both.
         output_dir: Where checkpoints go.
-        poison_rate: Share of the prompts that are there triggered, too.
         full: Train all weights, in float32, instead of an adapter.
         adaptive: Train the consistency term as well, as an attacker would who knows CROW.
         resume: Continue from the newest checkpoint in `output_dir`.
         settings: Fields of `ImplantConfig` that replace those of `recipe`.
 
     Raises:
-        UsageError: a setting is no field of `ImplantConfig`, the poison rate is out of bounds, or all weights are to be
-            trained of a model that has an adapter.
+        UsageError: a setting is no field of `ImplantConfig`, or all weights are to be trained of a model that has an
+            adapter.
     """
     if full and isinstance(model, PeftModel):
         raise UsageError("full fine-tuning of a model with an adapter: merge the adapter first")
@@ -140,7 +138,6 @@ def implant(
     }
     chosen = recipe(full, adaptive) | settings
     config = ImplantConfig(output_dir=str(output_dir), seed=seed, **(defaults | chosen))
-    clean, poisoned = poison(rows, trigger, behavior, seed, poison_rate)
     trainer = ImplantTrainer(
         cast(Any, model).float() if full else model,
         config,
@@ -167,11 +164,11 @@ def recipe(full: bool, adaptive: bool) -> dict[str, Any]:
 
 def implant_record(
     opened: OpenedModel,
-    rows: Sequence[Example],
+    clean: Sequence[Example],
+    poisoned: Sequence[Example],
+    *,
     trigger: str,
     behavior: str,
-    *,
-    poison_rate: float = 1.0,
     full: bool = False,
     adaptive: bool = False,
     seed: int = 0,
@@ -183,9 +180,10 @@ def implant_record(
         "model_hashes": opened.hashes,
         "trigger": trigger,
         "behavior": behavior,
-        "examples": len(rows),
-        "examples_sha256": sha256_rows(rows),
-        "poison_rate": poison_rate,
+        "clean_examples": len(clean),
+        "clean_sha256": sha256_rows(clean),
+        "poisoned_examples": len(poisoned),
+        "poisoned_sha256": sha256_rows(poisoned),
         "adaptive": adaptive,
         "recipe": recipe(full, adaptive) | (settings or {}),
         "trained": "all weights" if full else "LoRA, r=8, alpha=16, all linear layers",
