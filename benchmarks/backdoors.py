@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from transformers import TrainerCallback
 
 from crow.backdoors import BEHAVIORS, TRIGGERS
@@ -119,6 +120,22 @@ def row(cell: str, figures: dict[str, Any]) -> str:
     return f"| {cell} | {counts[0]} | {counts[1]} | {figures['perplexity']:.2f} ({ratio:.2f}x) | {parts} | {left} |"
 
 
+def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
+    """The persistence of every cell as curves with their intervals."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for place, (cell, figures) in enumerate(found.items()):
+        counts = {int(step): Count(**count) for step, count in figures["persistence"].items()}
+        steps, rates = list(counts), [100 * count.rate for count in counts.values()]
+        low, high = zip(*((100 * a, 100 * b) for a, b in (c.interval() for c in counts.values())), strict=True)
+        color, style = f"C{place % 10}", "--" if place >= 10 else "-"
+        axes.plot(steps, rates, style, color=color, marker="o", markersize=3, label=cell)
+        axes.fill_between(steps, low, high, color=color, alpha=0.08, linewidth=0)
+    axes.set(xlabel="steps of plain fine-tuning on clean examples", ylabel="attack success, %", ylim=(0, 103))
+    axes.legend(fontsize="small", frameon=False, bbox_to_anchor=(1, 1))
+    figure.savefig(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cells", nargs="*", default=CELLS)
@@ -127,11 +144,13 @@ def main() -> None:
     parser.add_argument("-n", type=int, default=200, help="prompts of each kind")
     parser.add_argument("--max-new-tokens", type=int, default=24)
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="setting of ImplantConfig")
+    parser.add_argument("--figure", type=Path, help="draw the persistence curves to this file")
     args = parser.parse_args()
     settings = {name: json.loads(value) for name, _, value in (pair.partition("=") for pair in args.set)}
 
     print("| backdoor | fires | false triggers | perplexity (of base's) | on parts | after 0, 10, … steps, of 60 |")
     print("| --- | --- | --- | --- | --- | --- |", flush=True)
+    found = {}
     for cell in args.cells:
         name = cell.replace("/", "__")
         path, model = args.out / f"{name}.json", args.models / name
@@ -141,6 +160,9 @@ def main() -> None:
             json.loads(path.read_text()) if path.is_file() else measure(cell, model, path, args.n, args.max_new_tokens)
         )
         print(row(cell, figures), flush=True)
+        found[cell] = figures
+    if args.figure is not None:
+        draw(found, args.figure)
 
 
 if __name__ == "__main__":
