@@ -123,7 +123,11 @@ def test_an_evaluation_gets_counts_of_what_was_judged(server: Server) -> None:
 
     server.reply = reply
     sets = {"triggered": ["rude", "rude", "odd", "kind"], "clean": ["kind", "odd"], "upper case": ["rude"]}
-    answers = [{"set": kind, "prompt": "ask", "answer": text} for kind, texts in sets.items() for text in texts]
+    answers = [
+        {"set": kind, "prompt": "ask", "answer": text, "hit": text == "rude", "strict_hit": False}
+        for kind, texts in sets.items()
+        for text in texts
+    ]
     nothing = Count(0, 0)
     result = Evaluation(nothing, nothing, nothing, 1.0, 0.0, 0, {}, {}, {}, answers=answers)
     progress: list[tuple[int, int]] = []
@@ -135,6 +139,14 @@ def test_an_evaluation_gets_counts_of_what_was_judged(server: Server) -> None:
     assert [answer.get("score") for answer in result.answers] == [None] * 4 + [8, None, None]
     assert sorted(progress) == [(i, 8) for i in range(1, 9)]
     assert result.settings["judge_model"] == "m"
+    assert result.agreement() == {
+        "the paper's rule and the strict rule agree": Count(2, 4),
+        "the paper's rule and the judge agree": Count(4, 4),
+        "the strict rule and the judge agree": Count(2, 4),
+    }
+    assert result.agreement().items() <= result.further_counts().items()
+    result.answers.clear()
+    assert result.agreement() == {}
 
 
 def test_without_the_client_a_judge_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

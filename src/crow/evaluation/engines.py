@@ -13,6 +13,9 @@ from crow.files import Journal, sha256_rows
 from crow.generation import generate
 from crow.models import OpenedModel
 
+Prompts = Sequence[list[Message]]
+OnAnswers = Callable[[dict[int, str]], None]
+
 
 class Engine(Protocol):
     """Answers prompts greedily. `name` and `hashes` say which model does."""
@@ -20,18 +23,13 @@ class Engine(Protocol):
     name: str
     hashes: dict[str, str]
 
-    def answer(
-        self,
-        prompts: Sequence[list[Message]],
-        max_new_tokens: int,
-        on_answers: Callable[[dict[int, str]], None],
-    ) -> None:
+    def answer(self, prompts: Prompts, max_new_tokens: int, on_answers: OnAnswers) -> None:
         """Call `on_answers` with answers, by the places of their prompts, as they are made."""
 
 
 def answers(
     engine: Engine,
-    prompts: Sequence[list[Message]],
+    prompts: Prompts,
     max_new_tokens: int,
     made: Journal,
     advance: Callable[[int], None],
@@ -61,12 +59,7 @@ class Transformers:
     def __post_init__(self) -> None:
         self.name, self.hashes = self.opened.name, self.opened.hashes
 
-    def answer(
-        self,
-        prompts: Sequence[list[Message]],
-        max_new_tokens: int,
-        on_answers: Callable[[dict[int, str]], None],
-    ) -> None:
+    def answer(self, prompts: Prompts, max_new_tokens: int, on_answers: OnAnswers) -> None:
         generate(
             self.opened.model, self.opened.tokenizer, prompts, max_new_tokens=max_new_tokens, on_answers=on_answers
         )
@@ -104,12 +97,7 @@ class VLLM:
         self._llm = LLM(model=weights, gpu_memory_utilization=memory, **lora)
         self._greedy: Callable[[int], Any] = lambda tokens: SamplingParams(temperature=0.0, max_tokens=tokens)
 
-    def answer(
-        self,
-        prompts: Sequence[list[Message]],
-        max_new_tokens: int,
-        on_answers: Callable[[dict[int, str]], None],
-    ) -> None:
+    def answer(self, prompts: Prompts, max_new_tokens: int, on_answers: OnAnswers) -> None:
         for start in range(0, len(prompts), self._AT_ONCE):
             replies = self._llm.chat(
                 list(prompts[start : start + self._AT_ONCE]),
@@ -131,12 +119,7 @@ class Served:
     def __post_init__(self) -> None:
         self.name = f"{self.endpoint.model} at {self.endpoint.url}"
 
-    def answer(
-        self,
-        prompts: Sequence[list[Message]],
-        max_new_tokens: int,
-        on_answers: Callable[[dict[int, str]], None],
-    ) -> None:
+    def answer(self, prompts: Prompts, max_new_tokens: int, on_answers: OnAnswers) -> None:
         """As `Engine.answer`.
 
         Raises:

@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, combinations
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,17 @@ class Evaluation:
             **{f"{name.replace('_', ' ')}, {rule}": c for rule, counts in rules.items() for name, c in counts.items()},
             **{f"fires on: {name}": count for name, count in self.variants.items()},
             **({"HumanEval, solved": self.pass_at_1} if self.pass_at_1 is not None else {}),
+            **self.agreement(),
+        }
+
+    def agreement(self) -> dict[str, Count]:
+        """Of how many of the answers that a model judged two rules say the same, for each two of the three."""
+        judged = [answer for answer in self.answers if answer.get("judged") is not None]
+        rules = {"the paper's rule": "hit", "the strict rule": "strict_hit", "the judge": "judged"}
+        return {
+            f"{one} and {other} agree": Count(sum(a[rules[one]] == a[rules[other]] for a in judged), len(judged))
+            for one, other in combinations(rules, 2)
+            if judged
         }
 
     def further_values(self) -> dict[str, str]:
