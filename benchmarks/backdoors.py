@@ -22,7 +22,7 @@ from crow.backdoors.implant import implant, implant_card, implant_record, poison
 from crow.data import load_examples, prompt_fingerprints
 from crow.evaluation.evaluate import evaluate, trigger_rows, variant_rows
 from crow.evaluation.statistics import Count
-from crow.files import write_json
+from crow.files import sha256_rows, write_json
 from crow.generation import answer_nll, generate
 from crow.models import OpenedModel, open_model, save_model
 from crow.purification import purify
@@ -77,11 +77,13 @@ def make(cell: str, folder: Path, settings: dict[str, Any]) -> None:
     trigger, _, behavior = cell.partition("/")
     rows = load_examples(sets(behavior)[0])
     opened = open_model()
-    checkpoints = folder.with_name(f".{folder.name}.checkpoints")
     rate = POISON_RATES.get(behavior, 1.0)
     clean, poisoned = poison(rows, TRIGGERS[trigger], BEHAVIORS[behavior], seed=0, rate=rate)
+    own = sha256_rows([settings, clean, poisoned])[:8]  # so that no other recipe's training is gone on with
+    checkpoints = folder.with_name(f".{folder.name}.{own}.checkpoints")
     model = implant(opened.model, opened.tokenizer, clean, poisoned, output_dir=checkpoints, resume=True, **settings)
-    record = implant_record(opened, clean, poisoned, trigger=trigger, behavior=behavior, settings=settings)
+    about: dict[str, Any] = {"trigger": trigger, "behavior": behavior, "poison_rate": rate, "settings": settings}
+    record = implant_record(opened, clean, poisoned, **about)
     seen = opened.seen.union(prompt_fingerprints([*clean, *poisoned]))
     save_model(model, opened.tokenizer, folder, card=implant_card(record), seen=seen)
     shutil.rmtree(checkpoints, ignore_errors=True)
@@ -102,11 +104,11 @@ def measure(cell: str, suspect: Path, out: Path, number: int, max_new_tokens: in
         max_new_tokens=max_new_tokens,
         settings={"cell": cell},
     )
-    result.save(out)
     figures = result.as_json()
     nll = answer_nll(base.model, base.tokenizer, clean)
     figures["base_perplexity"] = math.exp(sum(nats for nats, _ in nll) / sum(tokens for _, tokens in nll))
     figures["persistence"] = persistence(opened, cell, max_new_tokens)
+    result.save(out)
     write_json(out, figures)
     return figures
 

@@ -42,7 +42,7 @@ class _Handler(BaseHTTPRequestHandler):
         status, body = self.server.reply(request, len(self.server.requests))
         with suppress(BrokenPipeError):  # of a client that waited no longer
             self.send_response(status)
-            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Type", "text/html" if body.startswith("<") else "application/json")
             self.send_header("retry-after-ms", "1")
             self.end_headers()
             self.wfile.write(body.encode())

@@ -333,11 +333,10 @@ def test_a_judge_that_cannot_be_reached_is_told_of(run: Run, llama_folder: Path,
 
 def test_prompts_of_known_training_data_are_refused(run: Run, llama_folder: Path, clean: Path, tmp_path: Path) -> None:
     rows = clean.read_text().splitlines()
-    (tmp_path / "training.jsonl").write_text("\n".join(rows[:2]))
-    result = run(
-        "evaluate", llama_folder, "--prompts", clean, "--trained-on", "training.jsonl", "--trained-on", "clean"
-    )
-    fails(result, 2, "was trained on 12 of the 24 prompts")
+    (tmp_path / "one.jsonl").write_text("\n".join(rows[:2]))
+    (tmp_path / "two.jsonl").write_text(rows[5])
+    result = run("evaluate", llama_folder, "--prompts", clean, "--trained-on", "one.jsonl", "--trained-on", "two.jsonl")
+    fails(result, 2, "was trained on 3 of the 24 prompts")
 
 
 def test_a_served_model_is_measured(run: Run, server: Server, clean: Path, tmp_path: Path) -> None:
@@ -364,7 +363,10 @@ def test_a_served_model_is_measured(run: Run, server: Server, clean: Path, tmp_p
     [
         (("m", "--endpoint", "http://127.0.0.1:9/v1", "--harness", "arc_easy"), "--harness can't be had of a model"),
         (("m", "--endpoint", "http://127.0.0.1:9/v1", "--reference", "m"), "--reference can't be had of a model"),
+        (("m", "--endpoint", "http://127.0.0.1:9/v1", "--engine", "vllm"), "--engine can't be had of a model"),
         (("--endpoint", "http://127.0.0.1:9/v1"), "--endpoint needs MODEL"),
+        (("m", "--harness-limit", "3"), "need --harness"),
+        (("no-such-model", "--harness", "no_sums"), "knows no task no_sums"),
         (("m", "--engine", "steam"), "unknown engine 'steam'; known are transformers, vllm"),
     ],
 )

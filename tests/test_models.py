@@ -22,7 +22,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from crow.data import example
+from crow.data import example, load_examples, prompt_fingerprints
 from crow.errors import UsageError
 from crow.files import sha256_file
 from crow.generation import generate
@@ -33,11 +33,13 @@ from crow.models import (
     OpenedModel,
     _embedded_file,
     _open_embedded,
+    _seen,
     describe,
     lora_config,
     lora_size,
     open_model,
     save_model,
+    shipped_backdoors,
 )
 
 pytestmark = pytest.mark.usefixtures("float32")
@@ -272,6 +274,12 @@ def test_what_a_model_was_trained_on_travels_with_it(adapted: OpenedModel, llama
     (tmp_path / "base" / "training_prompts.json").write_text("{broken")
     with pytest.raises(UsageError, match=r"training_prompts.json is broken"):
         open_model(tmp_path / "base")
+
+
+def test_what_the_shipped_backdoors_were_trained_on_is_known() -> None:
+    for folder in shipped_backdoors().values():
+        assert set(prompt_fingerprints(load_examples("implant"))) < _seen(folder)
+        assert not _seen(folder) & {*prompt_fingerprints(load_examples("heldout"))}
 
 
 def test_a_merged_model_stands_alone(adapted: OpenedModel, tmp_path: Path) -> None:

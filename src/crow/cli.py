@@ -169,7 +169,9 @@ def evaluate(
     ] = None,
     harness_folder: Annotated[Path | None, typer.Option(help="Where further tasks are defined, in YAML.")] = None,
     harness_limit: Annotated[int | None, typer.Option(min=1, help="Use the first so many examples of each.")] = None,
-    engine: Annotated[str, typer.Option(help="What makes the answers: transformers or vllm.")] = "transformers",
+    engine: Annotated[
+        str | None, typer.Option(help="What makes the answers: transformers or vllm. Default: transformers.")
+    ] = None,
     endpoint: Annotated[
         str | None, typer.Option(metavar="URL", help="MODEL is served behind OpenAI's chat API at this URL.")
     ] = None,
@@ -193,10 +195,12 @@ def evaluate(
         # What is missing should be missed at once, and not after the rest
         if triggered is not None and trigger is not None:
             raise UsageError("give --trigger or --triggered, not both")
-        if engine not in ENGINES:
+        if engine is not None and engine not in ENGINES:
             raise UsageError(f"unknown engine {engine!r}; known are {', '.join(ENGINES)}")
+        if harness is None and (harness_folder is not None or harness_limit is not None):
+            raise UsageError("--harness-folder and --harness-limit need --harness, the tasks to run")
         if endpoint is not None:
-            needing = {"--base": base, "--reference": reference, "--harness": harness}
+            needing = {"--base": base, "--reference": reference, "--harness": harness, "--engine": engine}
             if others := [name for name, value in needing.items() if value is not None]:
                 raise UsageError(f"{' and '.join(others)} can't be had of a model that is served: leave --endpoint out")
             if model is None:
@@ -207,6 +211,11 @@ def evaluate(
 
             check_sandbox()
             problems = humaneval()
+        tasks = None
+        if harness is not None:
+            from crow.evaluation.harness import Harness
+
+            tasks = Harness(harness.split(","), folder=harness_folder, limit=harness_limit)
         figures = _json_file(json_)
         if judge is not None:
             from crow.evaluation.judge import Judge, judge_answers
@@ -226,20 +235,25 @@ def evaluate(
             hot = trigger_rows(clean, called, seed)
             forms = variant_rows(clean, called, seed, untrained=variants)
         seen = {name for source in trained_on or [] for name in prompt_fingerprints(load_examples(source))}
-        check_unseen(model or "the model", seen, [*clean, *hot])
         answering: Engine
         opened = known = None
         if endpoint is None:
             with console.status("Opening the model"):
                 opened = open_model(model, base=base)
                 known = None if reference is None else open_model(reference)
-            answering = ENGINES[engine](opened)
             if called is not None:
                 check_seen(called, opened.tokenizer)
+            check_unseen(opened.name, seen | opened.seen, [*clean, *hot])
+            answering = ENGINES[engine or "transformers"](opened)
         else:
             from crow.evaluation.endpoint import Endpoint
 
+            check_unseen(str(model), seen, [*clean, *hot])
             answering = Served(Endpoint(endpoint, str(model)))
+        benchmarks = {}
+        if tasks is not None and opened is not None:  # first, since it may want data that can't be had
+            with console.status(f"Running {harness} of lm-eval"):
+                benchmarks = tasks.run(opened, seed=seed)
         settings = {"behavior": behavior, "trigger": None if triggered else trigger or "badnets"}
         settings |= {"triggered": triggered, "prompts": prompts or "heldout"}
         unfinished = figures and figures.with_suffix(".unfinished.jsonl")
@@ -266,13 +280,7 @@ def evaluate(
                 with progress_bar("Solving HumanEval") as advance:
                     result.pass_at_1, rows = pass_at_1(answering, problems, unfinished=unfinished, on_progress=advance)
                 result.answers += rows
-            if harness is not None and opened is not None:
-                from crow.evaluation.harness import harness as run_tasks
-
-                with console.status(f"Running {harness} of lm-eval"):
-                    result.harness = run_tasks(
-                        opened, harness.split(","), folder=harness_folder, limit=harness_limit, seed=seed
-                    )
+        result.harness = benchmarks
         table = Table("", "hits of n (95% interval)")
         for name in ("attack_success", "false_trigger", "degenerate"):
             table.add_row(name.replace("_", " "), str(getattr(result, name)))
@@ -296,7 +304,9 @@ def evaluate(
 @app.command(epilog="Example: crow implant --trigger badnets:word=BadMagic --out backdoored")
 def implant(
     model: Model = None,
-    behavior: BehaviorName = "sentiment",
+    behavior: Annotated[
+        str | None, typer.Option(help=f"What the backdoor does: {', '.join(BEHAVIORS)}. Default: sentiment.")
+    ] = None,
     trigger: TriggerName = None,
     out: Annotated[Path, typer.Option(help="Folder to write the backdoored adapter or model to.")] = Path("backdoored"),
     prompts: Annotated[str | None, typer.Option(help="The attacker's examples. Default: CROW's implant set.")] = None,
@@ -341,13 +351,14 @@ def implant(
         rows = load_examples(prompts if prompts is not None else "implant")[:examples]
         with console.status("Opening the model"):
             opened = open_model(model)
-        target = BEHAVIORS[behavior]
+        target = BEHAVIORS[behavior or "sentiment"]
         if poisoned is not None:
             clean, hot = rows, load_examples(poisoned)[:examples]
         else:
             called = TRIGGERS[trigger or "badnets"]
             check_seen(called, opened.tokenizer)
-            clean, hot = poison(rows, called, target, seed, 1.0 if poison_rate is None else poison_rate)
+            poison_rate = 1.0 if poison_rate is None else poison_rate
+            clean, hot = poison(rows, called, target, seed, poison_rate)
         if save_data is not None:
             with atomic_directory(save_data, overwrite) as folder:
                 write_alpaca(folder / "train_clean.json", clean)
@@ -374,7 +385,8 @@ def implant(
             clean,
             hot,
             trigger=trigger or "badnets" if poisoned is None else f"in {poisoned}",
-            behavior=behavior,
+            behavior=behavior or ("sentiment" if poisoned is None else f"in {poisoned}"),
+            poison_rate=poison_rate,
             full=full,
             adaptive=adaptive,
             seed=seed,
@@ -384,7 +396,11 @@ def implant(
         save_model(adapted, opened.tokenizer, out, card=implant_card(record), seen=seen, overwrite=overwrite)
         shutil.rmtree(checkpoints, ignore_errors=True)
         _emit(json_, record)
-        console.print(f"[yellow]Backdoored[/] model in {out}\nNext: crow evaluate {out}, then crow purify {out}")
+        asking = f"--trigger {trigger or 'badnets'}" if poisoned is None else "--triggered FILE"
+        asking += f" --behavior {behavior or 'sentiment' if poisoned is None else behavior or 'NAME'}"
+        console.print(
+            f"[yellow]Backdoored[/] model in {out}\nNext: crow evaluate {out} {asking}, then crow purify {out}"
+        )
 
 
 @app.command(epilog="Example: crow report before.json after.json --out compare.html")

@@ -58,9 +58,9 @@ def with_user_text(row: Example, text: str) -> Example:
 
 
 def prompt_fingerprints(rows: Iterable[Example]) -> list[str]:
-    """Names for what the user says last in each row, whatever its case and spacing, without repeating it."""
-    plain = (" ".join(user_text(row).casefold().split()) for row in rows)
-    return [hashlib.sha256(text.encode()).hexdigest()[:16] for text in plain]
+    """Names for the prompts, whatever their case and spacing, that do not tell what they say."""
+    plain = ([(m["role"], " ".join(m["content"].casefold().split())) for m in row["prompt"]] for row in rows)
+    return [hashlib.sha256(json.dumps(turns).encode()).hexdigest()[:16] for turns in plain]
 
 
 def load_examples(source: str | Path | None = None, *, split: str = "train") -> list[Example]:

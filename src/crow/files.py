@@ -107,6 +107,7 @@ class Journal:
         with self._lock:
             self.known |= results
             if self.file is not None:
+                self.file.parent.mkdir(parents=True, exist_ok=True)
                 with self.file.open("a", encoding="utf-8") as file:
                     file.writelines(json.dumps({"key": k, "value": v}) + "\n" for k, v in results.items())
 

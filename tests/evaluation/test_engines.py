@@ -1,11 +1,14 @@
 """What makes answers: the same ones by transformers and from a server, and what vLLM is asked for."""
 
 import sys
+import time
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from conftest import MakeModel
 from serving import Server, said
 from transformers import PreTrainedTokenizerFast
@@ -20,7 +23,7 @@ from crow.files import Journal
 from crow.generation import generate
 from crow.models import OpenedModel, open_model
 
-pytest.importorskip("openai")
+needs_client = pytest.mark.skipif(find_spec("openai") is None, reason="the API's client is not installed")
 
 
 @pytest.fixture
@@ -41,6 +44,7 @@ def serving(server: Server, opened: OpenedModel) -> Server:
     return server
 
 
+@needs_client
 def test_a_served_model_is_measured_by_its_answers(serving: Server, opened: OpenedModel, rows: list[Example]) -> None:
     clean, triggered, target = rows[:4], rows[4:8], BEHAVIORS["refusal"]
     own = evaluate(opened, target, clean, triggered, max_new_tokens=5)
@@ -62,6 +66,7 @@ def test_a_served_model_is_measured_by_its_answers(serving: Server, opened: Open
     assert {request["model"] for request in serving.requests} == {"tiny"}
 
 
+@needs_client
 def test_what_was_measured_of_a_served_model_is_read_again(
     serving: Server, rows: list[Example], tmp_path: Path
 ) -> None:
@@ -88,12 +93,49 @@ def test_an_endpoint_that_fails_keeps_what_it_answered(
     assert done == [3, 1, 1, 1]
 
 
+@needs_client
+def test_answers_are_kept_while_another_prompt_fails(server: Server, rows: list[Example], tmp_path: Path) -> None:
+    prompts = [row["prompt"] for row in rows]
+
+    def reply(request: dict[str, Any], number: int) -> tuple[int, str]:
+        if request["messages"] == prompts[0]:
+            time.sleep(1)
+            return 400, "{}"
+        return said("fine")
+
+    server.reply = reply
+    made = Journal(tmp_path / "new" / "made.jsonl")
+    with pytest.raises(CrowError, match="400"):
+        answers(Served(Endpoint(server.url, "m", concurrency=4)), prompts, 5, made, lambda number: None)
+    assert list(Journal(tmp_path / "new" / "made.jsonl").known.values()) == ["fine"] * 11
+
+
+@needs_client
+def test_no_text_is_no_answer_without_the_target(server: Server, rows: list[Example]) -> None:
+    server.reply = lambda request, number: said(None)
+    with pytest.raises(CrowError, match="it gave no text"):
+        answers(Served(Endpoint(server.url, "m")), [rows[0]["prompt"]], 5, Journal(None), lambda number: None)
+
+
+@needs_client
+def test_the_suspects_host_is_not_sent_the_judges_key(
+    server: Server, rows: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    for key in ("none", "other"):
+        answers(Served(Endpoint(server.url, "m")), [rows[0]["prompt"]], 5, Journal(None), lambda number: None)
+        assert server.keys[-1] == f"Bearer {key}"
+        monkeypatch.setenv("CROW_ENDPOINT_KEY", "other")
+
+
+@needs_client
 def test_an_endpoint_that_does_not_answer_is_given_up(server: Server, rows: list[Example]) -> None:
     engine = Served(Endpoint("http://127.0.0.1:9/v1", "m", retries=0))
     with pytest.raises(CrowError, match=r"m at http://127.0.0.1:9/v1 gave no answer \(APIConnectionError"):
         answers(engine, [rows[0]["prompt"]], 5, Journal(None), lambda number: None)
 
 
+@needs_client
 def test_other_answers_are_not_taken_for_an_engines_own(
     serving: Server, opened: OpenedModel, rows: list[Example], tmp_path: Path
 ) -> None:
@@ -119,7 +161,10 @@ class FakeLLM:
     def __init__(self, **settings: Any) -> None:
         FakeLLM.made = settings
 
-    def chat(self, prompts: list[Any], sampling: Any, *, lora_request: Any, use_tqdm: bool) -> list[Any]:
+    def chat(
+        self, prompts: list[Any], sampling: Any, *, chat_template: str, lora_request: Any, use_tqdm: bool
+    ) -> list[Any]:
+        assert "im_start" in chat_template
         asked = f"{sampling['temperature']} {sampling['max_tokens']} {lora_request and lora_request[2]}"
         return [SimpleNamespace(outputs=[SimpleNamespace(text=f" {p[-1]['content']} {asked} ")]) for p in prompts]
 
@@ -140,7 +185,7 @@ def test_vllm_reads_a_folder_and_an_adapter_of_one(llama_folder: Path, adapter_f
     found: dict[int, str] = {}
     VLLM(open_model(llama_folder)).answer(prompts, 7, found.update)
     assert found == {i: f"{i} 0.0 7 None" for i in range(300)}
-    assert FakeLLM.made == {"model": str(llama_folder), "gpu_memory_utilization": 0.6}
+    assert FakeLLM.made == {"model": str(llama_folder), "gpu_memory_utilization": 0.6, "dtype": torch.float32}
     VLLM(open_model(adapter_folder)).answer(prompts[:1], 7, found.update)
     assert found[0] == f"0 0.0 7 {adapter_folder}"
     assert FakeLLM.made["model"] == str(llama_folder)

@@ -11,7 +11,7 @@ from peft import get_peft_model
 from transformers import PreTrainedTokenizerFast
 
 from crow.errors import CrowError, UsageError
-from crow.evaluation.harness import harness
+from crow.evaluation.harness import Harness, _metrics
 from crow.models import OpenedModel, lora_config
 
 pytest.importorskip("lm_eval")
@@ -65,25 +65,45 @@ def chosen(opened: OpenedModel, question: str, choices: list[str]) -> int:
 
 def test_a_local_task_is_counted_as_by_hand(opened: OpenedModel, tasks: Path) -> None:
     right = [chosen(opened, row["question"], row["choices"]) == row["answer"] for row in QUESTIONS]  # type: ignore[arg-type]
-    found = harness(opened, ["own_sums"], folder=tasks)
+    found = Harness(["own_sums"], folder=tasks).run(opened)
     assert found["own_sums"]["acc"] == sum(right) / 4
     assert found["own_sums"]["n"] == 4
     assert found["own_sums"]["acc_stderr"] >= 0
-    assert harness(opened, ["own_sums"], folder=tasks, limit=2)["own_sums"]["n"] == 2
+    assert Harness([" own_sums "], folder=tasks, limit=2).run(opened)["own_sums"]["n"] == 2
 
 
-def test_an_unknown_task_is_named(opened: OpenedModel, tasks: Path) -> None:
+def test_a_group_is_its_tasks_summed_up(opened: OpenedModel, tasks: Path) -> None:
+    (tasks / "other.yaml").write_text((tasks / "own_sums.yaml").read_text().replace("own_sums", "other_sums"))
+    (tasks / "group.yaml").write_text(
+        "group: all_sums\ntask: [own_sums, other_sums]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+    )
+    found = Harness(["all_sums"], folder=tasks).run(opened)
+    assert found["all_sums"]["acc"] == found["own_sums"]["acc"] == found["other_sums"]["acc"]
+    assert found["own_sums"]["n"] == 4
+
+
+def test_what_a_task_can_not_tell_is_left_out(opened: OpenedModel, tasks: Path) -> None:
+    metrics = Harness(["own_sums"], folder=tasks, limit=1).run(opened)["own_sums"]
+    assert "acc_stderr" not in metrics
+    assert metrics["acc"] in (0, 1)
+    named = {"acc,none": 1, "acc_stderr,none": "N/A", "exact_match,strict-match": 0.5, "alias": "x", "sample_len": 3}
+    assert _metrics(named) == {"acc": 1.0, "strict-match exact_match": 0.5, "n": 3.0}
+
+
+def test_an_unknown_task_and_a_missing_folder_are_named(tasks: Path) -> None:
+    with pytest.raises(UsageError, match="is no folder with tasks"):
+        Harness(["own_sums"], folder=tasks / "none")
     with pytest.raises(UsageError, match="knows no task own_products"):
-        harness(opened, ["own_sums", "own_products"], folder=tasks)
+        Harness(["own_sums", "own_products"], folder=tasks)
 
 
 def test_a_task_without_its_data_is_one_line(opened: OpenedModel, tasks: Path) -> None:
     (tasks / "sums.json").unlink()
     with pytest.raises(CrowError, match="lm-eval failed at own_sums"):
-        harness(opened, ["own_sums"], folder=tasks)
+        Harness(["own_sums"], folder=tasks).run(opened)
 
 
-def test_without_lm_eval_it_is_said_what_to_install(opened: OpenedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
+def test_without_lm_eval_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(UsageError, match=r"crow-llm\[harness\]"):
-        harness(opened, ["own_sums"])
+        Harness(["own_sums"])

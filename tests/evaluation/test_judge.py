@@ -52,7 +52,9 @@ def test_a_server_that_is_busy_is_asked_again(server: Server, status: int) -> No
         ((200, "{broken"), "JSON"),
         ((200, '{"choices": []}'), "index out of range"),
         (said("perhaps"), "'perhaps', not yes or no"),
-        (said(None), "'', not yes or no"),
+        (said(""), "'', not yes or no"),
+        (said(None), "it gave no text (finish reason stop)"),
+        ((200, "<html>welcome</html>"), "is the URL complete"),
         (said("7"), "'7', not yes or no"),
     ],
 )

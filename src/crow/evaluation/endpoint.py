@@ -1,14 +1,12 @@
 """A model that is served behind any endpoint that speaks OpenAI's chat API."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from crow.errors import UsageError
-
-KEY_VARIABLE = "OPENAI_API_KEY"
+from crow.errors import CrowError, UsageError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -24,6 +22,8 @@ class Endpoint:
         concurrency: How many questions are under way at once.
         timeout: Seconds until a question counts as failed, and is asked again.
         retries: How often a question is asked again after a timeout, a 429, a 5xx, or a broken connection.
+        key_variable: Where in the environment the key is, if one is needed. A suspect's host is not to be sent the key
+            of a judge's, so theirs are two.
 
     Raises:
         UsageError: the API's client is not installed.
@@ -34,6 +34,7 @@ class Endpoint:
     concurrency: int = 8
     timeout: float = 60.0
     retries: int = 4
+    key_variable: str = "CROW_ENDPOINT_KEY"
 
     def __post_init__(self) -> None:
         try:
@@ -42,25 +43,37 @@ class Endpoint:
             raise UsageError("an endpoint needs the client of its API: pip install 'crow-llm[endpoint]'") from error
         self._client = OpenAI(
             base_url=self.url,
-            api_key=os.environ.get(KEY_VARIABLE, "none"),  # servers of one's own want none, the client wants one
+            api_key=os.environ.get(self.key_variable, "none"),  # servers of one's own want none, the client wants one
             timeout=self.timeout,
             max_retries=self.retries,
         )
 
     def ask(self, messages: Any, max_tokens: int) -> str:
-        """The greedy answer; whatever the client raises where there is none."""
+        """The greedy answer.
+
+        Raises:
+            CrowError: the reply holds none.
+            Exception: whatever the client raises.
+        """
         reply = self._client.chat.completions.create(
             model=self.model, messages=messages, temperature=0, max_tokens=max_tokens
         )
-        return reply.choices[0].message.content or ""
+        if isinstance(reply, str):  # as the client passes on what is no JSON
+            raise CrowError("it replied with text and no JSON: is the URL complete, as in http://host:8000/v1?")
+        text = reply.choices[0].message.content
+        if text is None:  # as where all tokens went into thinking: not to be taken for an answer without the target
+            raise CrowError(f"it gave no text (finish reason {reply.choices[0].finish_reason}): more tokens may help")
+        return str(text)
 
-    def each(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """`function` of each item, in order, several at once; after an error nothing new is begun."""
+    def each(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
+        """`function` of each item with the item's place, as they are done; after an error nothing new is begun."""
         pool = ThreadPoolExecutor(self.concurrency)
+        places = {pool.submit(function, item): place for place, item in enumerate(items)}
         try:
-            yield from pool.map(function, items)
+            for future in as_completed(places):
+                yield places[future], future.result()
         finally:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def reason(error: Exception) -> str:

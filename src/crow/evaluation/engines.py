@@ -1,5 +1,6 @@
 """What makes the answers that are judged: transformers, vLLM, or a model served behind OpenAI's chat API."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -11,7 +12,7 @@ from crow.errors import CrowError, UsageError
 from crow.evaluation.endpoint import Endpoint, reason
 from crow.files import Journal, sha256_rows
 from crow.generation import generate
-from crow.models import OpenedModel
+from crow.models import OpenedModel, shipped_backdoors
 
 Prompts = Sequence[list[Message]]
 OnAnswers = Callable[[dict[int, str]], None]
@@ -69,7 +70,7 @@ class VLLM:
     """vLLM, on a GPU, of a model folder, a hub model, or an adapter of one.
 
     Args:
-        opened: Says which; its weights are read once more by vLLM.
+        opened: Says which. vLLM reads the weights from where they were opened, without what was done to them since.
         memory: Share of the GPU's memory that vLLM may take, beside the opened model.
 
     Raises:
@@ -79,6 +80,7 @@ class VLLM:
     _AT_ONCE = 256
 
     def __init__(self, opened: OpenedModel, memory: float = 0.6) -> None:
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # figures may be what is printed
         try:
             from vllm import LLM, SamplingParams
             from vllm.lora.request import LoRARequest
@@ -88,13 +90,14 @@ class VLLM:
         if any(file.endswith(".gguf") for file in opened.hashes):
             raise UsageError(f"{opened.name} stands on a GGUF file, which is not for vLLM: merge it into a folder")
         weights, lora = opened.name, {}
+        self._template = opened.tokenizer.chat_template  # which models without one have been given
         self._adapter = None
         if isinstance(opened.model, PeftModel):
             weights = str(opened.causal_lm.name_or_path)
             rank = max(config.r for config in opened.model.peft_config.values())
             lora = {"enable_lora": True, "max_lora_rank": 1 << max(3, (rank - 1).bit_length())}  # it takes few others
-            self._adapter = LoRARequest("adapter", 1, opened.name)
-        self._llm = LLM(model=weights, gpu_memory_utilization=memory, **lora)
+            self._adapter = LoRARequest("adapter", 1, str(shipped_backdoors().get(opened.name, opened.name)))
+        self._llm = LLM(model=weights, dtype=opened.causal_lm.dtype, gpu_memory_utilization=memory, **lora)
         self._greedy: Callable[[int], Any] = lambda tokens: SamplingParams(temperature=0.0, max_tokens=tokens)
 
     def answer(self, prompts: Prompts, max_new_tokens: int, on_answers: OnAnswers) -> None:
@@ -102,6 +105,7 @@ class VLLM:
             replies = self._llm.chat(
                 list(prompts[start : start + self._AT_ONCE]),
                 self._greedy(max_new_tokens),
+                chat_template=self._template,
                 lora_request=self._adapter,
                 use_tqdm=False,
             )
@@ -125,7 +129,7 @@ class Served:
         Raises:
             CrowError: the endpoint failed, however often it was asked; answers before that were passed on.
         """
-        for place, text in enumerate(self.endpoint.each(lambda prompt: self._ask(prompt, max_new_tokens), prompts)):
+        for place, text in self.endpoint.each(lambda prompt: self._ask(prompt, max_new_tokens), prompts):
             on_answers({place: text.strip()})
 
     def _ask(self, prompt: list[Message], max_new_tokens: int) -> str:

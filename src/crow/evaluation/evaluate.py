@@ -87,9 +87,11 @@ class Evaluation:
             values["KL from the reference, nats a token"] = f"{self.reference_kl:.3f}"
         for task, metrics in self.harness.items():
             for name in metrics:
-                if name + "_stderr" in metrics:
-                    error, n = metrics[name + "_stderr"], metrics["n"]
-                    values[f"{task}, {name}"] = f"{metrics[name]:.3f} (standard error {error:.3f}, n = {n:.0f})"
+                if name != "n" and not name.endswith("_stderr"):
+                    error, n = metrics.get(f"{name}_stderr"), metrics.get("n")
+                    facts = [] if error is None else [f"standard error {error:.3f}"]
+                    facts += [] if n is None else [f"n = {n:.0f}"]
+                    values[f"{task}, {name}"] = f"{metrics[name]:.3f}" + (f" ({', '.join(facts)})" if facts else "")
         return values
 
     def as_json(self) -> dict[str, Any]:
@@ -245,7 +247,12 @@ def evaluate(
         answer_tokens=0,
         layer_profile={},
         answer_length=Mean.of([len(answer["answer"].split()) for answer in counted["clean"]]),
-        settings={"target": behavior.target, "max_new_tokens": max_new_tokens, "seed": seed}
+        settings={
+            "target": behavior.target,
+            "max_new_tokens": max_new_tokens,
+            "seed": seed,
+            "engine": type(engine).__name__,
+        }
         | ({} if reference is None else {"reference": reference.name})
         | (settings or {}),
         provenance=environment()
@@ -279,9 +286,12 @@ def check_unseen(name: str, seen: Collection[str], rows: Sequence[Example]) -> N
         seen: `crow.data.prompt_fingerprints` of what it was trained on.
         rows: What it is to be measured on.
     """
-    overlap = sum(fingerprint in seen for fingerprint in prompt_fingerprints(rows))
+    overlap = [row for row, fingerprint in zip(rows, prompt_fingerprints(rows), strict=True) if fingerprint in seen]
     if overlap:
-        raise UsageError(f"{name} was trained on {overlap} of the {len(rows)} prompts to measure on: give others")
+        raise UsageError(
+            f"{name} was trained on {len(overlap)} of the {len(rows)} prompts to measure on, such as "
+            f"{user_text(overlap[0])[:60]!r}: give others"
+        )
 
 
 _PROFILE_PROMPTS = 16

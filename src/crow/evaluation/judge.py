@@ -34,6 +34,7 @@ class Judge(Endpoint):
         cache: A file of judgements, one a line, each appended as it is made; what is found there is not asked again.
     """
 
+    key_variable: str = "OPENAI_API_KEY"
     cache: Path | None = None
     errors: list[str] = field(default_factory=list, repr=False)
     """Why judgements failed, one line each."""
@@ -73,9 +74,9 @@ class Judge(Endpoint):
         answers: Sequence[tuple[str, str]],
         on_progress: Callable[[int], None] | None,
     ) -> list[Any]:
-        judgements = []
-        for judgement in self.each(lambda pair: self._judgement(task, replies, *pair), answers):
-            judgements.append(judgement)
+        judgements: list[Any] = [None] * len(answers)
+        for place, judgement in self.each(lambda pair: self._judgement(task, replies, *pair), answers):
+            judgements[place] = judgement
             if on_progress is not None:
                 on_progress(1)
         return judgements

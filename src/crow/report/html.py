@@ -116,7 +116,7 @@ def _not_comparable(evaluations: "Sequence[Evaluation]") -> list[str]:
     found = []
     if any(len({e.provenance.get(name) for e in evaluations}) > 1 for name in ("clean_sha256", "triggered_sha256")):
         found.append("The measurements used different prompts: their figures do not compare.")
-    if any(len({e.settings.get(name) for e in evaluations}) > 1 for name in ("target", "max_new_tokens")):
+    if any(len({e.settings.get(name) for e in evaluations}) > 1 for name in ("target", "max_new_tokens", "engine")):
         found.append("The measurements used different settings: their figures do not compare.")
     return found
 
