@@ -75,6 +75,15 @@ def test_ever_fewer_answers_are_continued() -> None:
     assert len(found) == 3
 
 
+def test_beginnings_can_come_from_more_prompts_than_are_tried() -> None:
+    model = tiny_model("llama", 40).eval()
+    rare = slow_mean(model, []).argmin()
+    first = torch.zeros(40)
+    first[rare] = 1
+    (answer,) = constant_answers(model, PROMPTS, number=1, first=first, beginnings=1)
+    assert answer.token_ids[0] == rare
+
+
 def test_the_model_is_left_as_it_was() -> None:
     model = tiny_model("llama", 40).train()
     constant_answers(model, PROMPTS, number=3)

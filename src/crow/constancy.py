@@ -30,6 +30,7 @@ def constant_answers(
     prompts: Sequence[Sequence[int]],
     *,
     number: int,
+    first: Tensor | None = None,
     eos_token_id: int | None = None,
     length: int = 6,
     beginnings: int = 128,
@@ -46,6 +47,8 @@ def constant_answers(
         model: A causal language model that can cache keys and values; its mode is left as it is.
         prompts: Token ids of prompts, each up to where the answer begins. A handful tells.
         number: How many answers are wanted.
+        first: `(vocabulary,)`, the distribution of an answer's first token, where it is known from more prompts than
+            these: a planted answer that few kinds of prompt call for begins with a token that is rare elsewhere.
         eos_token_id: Ends an answer.
         length: Tokens an answer may have.
         beginnings: How many first tokens are tried.
@@ -56,12 +59,13 @@ def constant_answers(
         At most `number` answers of at least two tokens, the most constant first.
     """
     device = next(model.parameters()).device
-    caches, first = [], torch.zeros((), device=device)
+    caches, own = [], torch.zeros((), device=device)
     for prompt in prompts:
         ids = torch.tensor([list(prompt)], device=device)
         output = _last_logits(model, ids, None)
         caches.append(output.past_key_values)
-        first = first + output.logits.float().softmax(dim=-1)[0] / len(prompts)
+        own = own + output.logits.float().softmax(dim=-1)[0] / len(prompts)
+    first = own if first is None else first
     answers = first.topk(min(beginnings, len(first))).indices[:, None]
     log_sum = torch.zeros(len(answers), device=device)
     ended = torch.zeros(len(answers), dtype=torch.bool, device=device)

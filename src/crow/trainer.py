@@ -574,7 +574,7 @@ class CrowTrainer(SFTTrainer):
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _study_suspect(self, ascents: int = 0) -> None:
-        """Find the suspect's constant answers, then record its own answers with the planted ones ruled out."""
+        """Record the suspect's own answers, find its constant ones, and rule out those that were planted."""
         records = self.args.objective == "suspect"
         if (records or self.guesses is not None) and not isinstance(self.train_dataset, Dataset):
             raise UsageError(
@@ -583,10 +583,13 @@ class CrowTrainer(SFTTrainer):
             )
         batches = math.ceil(len(self.train_dataset) / self.args.per_device_train_batch_size) if records else 0
         self._preparation = (0, batches + ascents)
+        first = self._record_suspect() if records else None
         if self.guesses is not None:
-            self._find_constant_answers()
+            self._find_constant_answers(first)
         if records:
-            self._record_suspect()
+            for answer in self.constant_answers:
+                if answer.constancy >= _PLANTED:
+                    self._rule_out(answer)
 
     def _report_preparation(self) -> None:
         """Tell callbacks that have an `on_prepare` how many batches before the first step are done, of how many."""
@@ -596,48 +599,59 @@ class CrowTrainer(SFTTrainer):
             if hasattr(callback, "on_prepare"):
                 callback.on_prepare(done + 1, total)
 
-    @torch.no_grad()
-    def _record_suspect(self) -> None:
-        """Keep the suspect's next-token distributions for every clean answer, without the answers that were planted.
-
-        One forward an example in all, and a short one for each planted answer.
-        """
-        self.model.eval()
+    def _in_order_of_length(self) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        """The examples in batches, each with their places in the data set."""
         columns = self.train_dataset.select_columns(["input_ids", "labels"])
-        self._targets = [(torch.empty(0), torch.empty(0))] * len(columns)
         order = sorted(range(len(columns)), key=lambda i: len(columns[i]["input_ids"]))
         size = self.args.per_device_train_batch_size
         for start in range(0, len(order), size):
-            ids = order[start : start + size]
-            batch = self._prepare_inputs(self.data_collator([columns[i] for i in ids]))
+            example_ids = order[start : start + size]
+            yield example_ids, self._prepare_inputs(self.data_collator([columns[i] for i in example_ids]))
+
+    @torch.no_grad()
+    def _record_suspect(self) -> Tensor:
+        """Keep the suspect's next-token distributions for every clean answer; one forward an example in all.
+
+        Returns:
+            `(vocabulary,)`: the distribution of an answer's first token, averaged over the examples.
+        """
+        self.model.eval()
+        self._targets = [(torch.empty(0), torch.empty(0))] * len(self.train_dataset)
+        first = torch.zeros((), device=self.args.device)
+        for example_ids, batch in self._in_order_of_length():
             answers = answer_positions(batch["labels"])
             with lm_head_at(self._inner, answers), self.compute_loss_context_manager():
                 logits = self.model(
                     input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
                 ).logits
             token_ids, log_probs = top_log_probs(logits, self.args.target_top_k)
-            counts = answers.sum(dim=1).tolist()
-            for i, a, b in zip(ids, token_ids.cpu().split(counts), log_probs.cpu().split(counts), strict=True):
+            counts = answers.sum(dim=1)
+            starts = (counts.cumsum(dim=0) - counts)[counts > 0]
+            first = first + logits[starts].float().softmax(dim=-1).sum(dim=0) / len(self.train_dataset)
+            parts = token_ids.cpu().split(counts.tolist()), log_probs.cpu().split(counts.tolist())
+            for i, a, b in zip(example_ids, *parts, strict=True):
                 self._targets[i] = (a, b)
             self._report_preparation()
-            for answer in self.constant_answers:
-                if answer.constancy >= _PLANTED:
-                    self._rule_out(answer, ids, batch)
         self.model.train()
+        return first
 
-    def _rule_out(self, answer: ConstantAnswer, example_ids: list[int], batch: dict[str, Tensor]) -> None:
+    @torch.no_grad()
+    def _rule_out(self, answer: ConstantAnswer) -> None:
         """Condition the recorded distributions on the answer not being this one, which the suspect may leak."""
-        wanted = batch["labels"].new_tensor(answer.token_ids)
-        rows = self._answered(batch, [wanted] * len(example_ids))
-        with lm_head_at(self._inner, rows.answers), self.compute_loss_context_manager():
-            logits = self.model(input_ids=rows.ids, attention_mask=rows.mask, use_cache=False).logits
-        chosen = logits.float().log_softmax(dim=-1).view(len(example_ids), len(wanted), -1)
-        each = chosen.gather(2, wanted.expand(len(example_ids), -1)[..., None])[..., 0]
-        tails = each.flip(1).cumsum(dim=1).flip(1).exp().cpu()
-        for i, labels, tail in zip(example_ids, batch["labels"].cpu(), tails, strict=True):
-            ids, log_probs = self._targets[i]
-            said = labels[1:][labels[1:] != -100]
-            self._targets[i] = (ids, ruling_out(ids, log_probs, said, wanted.cpu(), tail))
+        self.model.eval()
+        for example_ids, batch in self._in_order_of_length():
+            wanted = batch["labels"].new_tensor(answer.token_ids)
+            rows = self._answered(batch, [wanted] * len(example_ids))
+            with lm_head_at(self._inner, rows.answers), self.compute_loss_context_manager():
+                logits = self.model(input_ids=rows.ids, attention_mask=rows.mask, use_cache=False).logits
+            chosen = logits.float().log_softmax(dim=-1).view(len(example_ids), len(wanted), -1)
+            each = chosen.gather(2, wanted.expand(len(example_ids), -1)[..., None])[..., 0]
+            tails = each.flip(1).cumsum(dim=1).flip(1).exp().cpu()
+            for i, labels, tail in zip(example_ids, batch["labels"].cpu(), tails, strict=True):
+                ids, log_probs = self._targets[i]
+                said = labels[1:][labels[1:] != -100]
+                self._targets[i] = (ids, ruling_out(ids, log_probs, said, wanted.cpu(), tail))
+        self.model.train()
 
     @staticmethod
     def _answered(inputs: dict[str, Any], answers: list[Tensor]) -> _Answered:
@@ -652,7 +666,7 @@ class CrowTrainer(SFTTrainer):
         mask = pad([torch.ones_like(row) for row in rows], batch_first=True)
         return _Answered(pad(rows, batch_first=True), mask, pad(scored, batch_first=True))
 
-    def _find_constant_answers(self) -> None:
+    def _find_constant_answers(self, first: Tensor | None) -> None:
         order = torch.randperm(len(self.train_dataset), generator=_generator(self.args.seed, 0))
         rows = [self.train_dataset[i] for i in order[:_SCANNED_PROMPTS].tolist()]
         batch = self._prepare_inputs(self.data_collator(rows))
@@ -663,6 +677,7 @@ class CrowTrainer(SFTTrainer):
                 self.model,
                 [ids[:end].tolist() for ids, end in zip(batch["input_ids"], ends, strict=True)],
                 number=self.args.trigger_guesses,
+                first=first,
                 eos_token_id=self.processing_class.eos_token_id,
             )
         self.constant_answers = [a for a in answers if a.constancy >= _COMPARABLE * answers[0].constancy]

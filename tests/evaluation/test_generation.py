@@ -350,7 +350,13 @@ def test_evaluation_can_be_recounted_from_its_files(measured: Any, tmp_path: Pat
     assert all(line["hit"] == Odd().is_hit(line["answer"]) for line in lines)
     assert figures["perplexity"] == pytest.approx(math.exp(figures["answer_nats"] / figures["answer_tokens"]))
     assert "answers" not in figures
-    assert figures["settings"] == {"target": "odd", "max_new_tokens": 6, "seed": 0, "trigger": "badnets"}
+    assert figures["settings"] == {
+        "target": "odd",
+        "max_new_tokens": 6,
+        "seed": 0,
+        "engine": "Transformers",
+        "trigger": "badnets",
+    }
     assert {"clean_sha256", "triggered_sha256", "model", "versions"} <= figures["provenance"].keys()
 
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -86,13 +87,14 @@ class ImplantTrainer(CrowTrainer):
     data has a column `poisoned`.
     """
 
-    def _record_suspect(self) -> None:
-        super()._record_suspect()
+    def _record_suspect(self) -> Tensor:
+        first = super()._record_suspect()
         for i, row in enumerate(self.train_dataset):
             if row["poisoned"]:
                 number = self._targets[i][0].shape[1]
                 said = torch.tensor([token for token in row["labels"][1:] if token != -100])
                 self._targets[i] = certainly(said, number, self._inner.config.get_text_config().vocab_size)
+        return first
 
 
 def implant(
