@@ -897,6 +897,27 @@ def test_half_of_a_plain_text_is_its_prompt(make: Any, rows: list[Example], monk
     assert len({len(text) for text in texts}) > 1
 
 
+def test_beginnings_of_answers_come_from_all_examples(
+    make: Any, rows: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Tensor] = []
+
+    def scan(model: Any, prompts: list[list[int]], *, first: Tensor, **settings: Any) -> list[ConstantAnswer]:
+        found.append(first)
+        return [ConstantAnswer((5, 6), 0.5)]
+
+    monkeypatch.setattr("crow.trainer.constant_answers", scan)
+    trainer = make(data=to_dataset(rows), soft_token_warmup=0)
+    trainer._study_suspect()
+    means = []
+    for row in trainer.train_dataset:
+        start = next(i for i, label in enumerate(row["labels"]) if label != -100)
+        with torch.no_grad():
+            logits = trainer.model.eval()(torch.tensor([row["input_ids"][:start]])).logits[0, -1]
+        means.append(logits.softmax(-1))
+    torch.testing.assert_close(found[0], torch.stack(means).mean(0), rtol=1e-3, atol=1e-6)
+
+
 def test_without_chats_tokens_are_inserted_in_the_prompt(
     make: Any, rows: list[Example], insertions: list[Tensor]
 ) -> None:
