@@ -354,11 +354,15 @@ def implant(
         target = BEHAVIORS[behavior or "sentiment"]
         if poisoned is not None:
             clean, hot = rows, load_examples(poisoned)[:examples]
+            about = {"trigger": f"in {poisoned}", "behavior": behavior or f"in {poisoned}"}
+            asking = f"--triggered FILE --behavior {behavior or 'NAME'}"
         else:
             called = TRIGGERS[trigger or "badnets"]
             check_seen(called, opened.tokenizer)
             poison_rate = 1.0 if poison_rate is None else poison_rate
             clean, hot = poison(rows, called, target, seed, poison_rate)
+            about = {"trigger": trigger or "badnets", "behavior": behavior or "sentiment"}
+            asking = f"--trigger {about['trigger']} --behavior {about['behavior']}"
         if save_data is not None:
             with atomic_directory(save_data, overwrite) as folder:
                 write_alpaca(folder / "train_clean.json", clean)
@@ -384,8 +388,7 @@ def implant(
             opened,
             clean,
             hot,
-            trigger=trigger or "badnets" if poisoned is None else f"in {poisoned}",
-            behavior=behavior or ("sentiment" if poisoned is None else f"in {poisoned}"),
+            **about,
             poison_rate=poison_rate,
             full=full,
             adaptive=adaptive,
@@ -396,8 +399,6 @@ def implant(
         save_model(adapted, opened.tokenizer, out, card=implant_card(record), seen=seen, overwrite=overwrite)
         shutil.rmtree(checkpoints, ignore_errors=True)
         _emit(json_, record)
-        asking = f"--trigger {trigger or 'badnets'}" if poisoned is None else "--triggered FILE"
-        asking += f" --behavior {behavior or 'sentiment' if poisoned is None else behavior or 'NAME'}"
         console.print(
             f"[yellow]Backdoored[/] model in {out}\nNext: crow evaluate {out} {asking}, then crow purify {out}"
         )
