@@ -35,6 +35,7 @@ def birds() -> Registry[object]:
         ("crow:call=a=b:c d", ("a=b:c d", "black")),
         ("crow:call=żółć 🐦", ("żółć 🐦", "black")),
         ("crow:call=kraa,", ("kraa", "black")),
+        ("crow:call=I'm sorry, but no,color=gray", ("I'm sorry, but no", "gray")),
     ],
 )
 def test_text_gives_an_entry_with_its_parameters(birds: Registry[object], text: str, expected: tuple[str, str]) -> None:

@@ -1,5 +1,9 @@
-"""Named choices that are given on the command line, with their parameters: `name` or `name:key=value,key=value`."""
+"""Named choices that are given on the command line, with their parameters: `name` or `name:key=value,key=value`.
 
+A comma with a space behind it belongs to a value, so that a sentence can be one.
+"""
+
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any, Generic, TypeVar, cast
@@ -44,8 +48,8 @@ class Registry(Generic[T]):
             raise UsageError(f"unknown {self.kind} {name!r}; known are {', '.join(self._classes)}")
         cls = self._classes[name]
         known = [f.name for f in fields(cls)] if is_dataclass(cls) else []
-        parameters = {}
-        for part in filter(None, rest.split(",")):
+        parameters: dict[str, str] = {}
+        for part in filter(None, re.split(r",(?!\s)", rest)):  # a comma with a space behind it is text
             key, equals, value = part.partition("=")
             if key not in known or not equals or not value:
                 raise UsageError(f"{self.kind} {name!r} takes {', '.join(f'{k}=TEXT' for k in known)}; not {part!r}")
