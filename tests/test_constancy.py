@@ -9,6 +9,7 @@ import torch
 from conftest import ARCHITECTURES, tiny_model
 from torch import Tensor
 
+import crow.constancy
 from crow.constancy import constant_answers
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13], [14, 15, 16, 17]]
@@ -35,7 +36,7 @@ def test_answers_are_those_of_a_search_without_a_cache(architecture: str) -> Non
             log_sum += math.log(probability)
         expected.append((tuple(answer), math.exp(log_sum / 3)))
     expected.sort(key=lambda pair: -pair[1])
-    found = constant_answers(model, PROMPTS, number=5, length=4, beginnings=10, kept=40)
+    found = constant_answers(model, PROMPTS, number=5, length=4, screened=10, beginnings=10, kept=40)
     assert [answer.token_ids for answer in found] == [answer for answer, _ in expected[:5]]
     assert [answer.constancy for answer in found] == pytest.approx([c for _, c in expected[:5]], rel=1e-3)
 
@@ -71,7 +72,7 @@ def test_ever_fewer_answers_are_continued() -> None:
         lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
     )
     found = constant_answers(model, PROMPTS[:1], number=3, length=6, beginnings=30, kept=16)
-    assert rows == [1, 30, 16, 8, 4, 3]
+    assert rows == [1, 40, 30, 16, 8, 4, 3]
     assert len(found) == 3
 
 
@@ -80,8 +81,27 @@ def test_beginnings_can_come_from_more_prompts_than_are_tried() -> None:
     rare = slow_mean(model, []).argmin()
     first = torch.zeros(40)
     first[rare] = 1
-    (answer,) = constant_answers(model, PROMPTS, number=1, first=first, beginnings=1)
+    (answer,) = constant_answers(model, PROMPTS, number=1, first=first, screened=1)
     assert answer.token_ids[0] == rare
+
+
+def test_the_surest_on_the_shortest_prompts_are_tried() -> None:
+    model = tiny_model("llama", 40).eval()
+    with torch.no_grad():
+        prompts = [sorted(PROMPTS, key=len)[place] for place in (0, 1)]
+        rows = [torch.tensor([[*prompt, token] for token in range(40)]) for prompt in prompts]
+        surest = torch.stack([model(input_ids=r).logits[:, -1].softmax(-1) for r in rows]).mean(0).max(-1).values
+    found = constant_answers(model, PROMPTS, number=40, beginnings=7, kept=40)
+    assert {answer.token_ids[0] for answer in found} == set(surest.topk(7).indices.tolist())
+
+
+def test_rows_are_continued_in_portions_without_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama", 40).eval()
+    whole = constant_answers(model, PROMPTS, number=5)
+    monkeypatch.setattr(crow.constancy, "_ROWS", 7)
+    portions = constant_answers(model, PROMPTS, number=5)
+    assert [a.token_ids for a in portions] == [a.token_ids for a in whole]
+    assert [a.constancy for a in portions] == pytest.approx([a.constancy for a in whole], rel=1e-4)
 
 
 def test_the_model_is_left_as_it_was() -> None:

@@ -42,8 +42,9 @@ BASIC: dict[str, Any] = {
 }
 PAPER = PRESETS["paper"]
 FINETUNE = PRESETS["finetune"]
-SOFT: dict[str, Any] = {"trigger_guesses": 0, "soft_token_pool": 8}
-ONE_SOFT: dict[str, Any] = {"trigger_guesses": 0, "soft_token_pool": 1}
+SOFT: dict[str, Any] = {"trigger_guesses": 0, "soft_token_pool": 8, "soft_token_objective": "divergence"}
+ONE_SOFT = SOFT | {"soft_token_pool": 1}
+ONE_AIMED = ONE_SOFT | {"soft_token_objective": "answer"}
 ONE_GUESS: dict[str, Any] = {"trigger_guesses": 1, "soft_token_pool": 0}
 
 
@@ -279,7 +280,7 @@ def test_default_costs_less_than_four_passes_and_projects_answers_only(metered: 
 
 
 def test_soft_tokens_cost_two_and_a_half_passes(metered: Any) -> None:
-    meter, _ = metered(**SOFT)
+    meter, _ = metered(**SOFT)  # ascending on D, whose gradient the model's own backward leaves
     assert (meter.forward, meter.backward) == ([2, 8], [2, 8])
 
 
@@ -412,9 +413,9 @@ def test_defaults_step_is_as_documented(make: Any, pinned: list[Tensor], objecti
             place = int(first + 0.5 * (last - first + 1))
             moved, logits = slow(torch.cat([embeddings[:place], soft, embeddings[place:]]))
             weights = 0.7 ** torch.arange(len(at))
-            divergence = divergence + (weights * distances(logits[at + 3])).sum() / weight
+            divergence = divergence + (weights * distances(logits[at + len(soft)])).sum() / weight
             for a, b in zip(states, moved, strict=True):
-                cosine = nn.functional.cosine_similarity(a[at].detach(), b[at + 3], dim=-1)
+                cosine = nn.functional.cosine_similarity(a[at].detach(), b[at + len(soft)], dim=-1)
                 aligned = aligned + (1 - cosine).sum() / answers / len(states)
         return (clean if objective == "lm" else 0.6 * clean), divergence, aligned
 
@@ -435,30 +436,41 @@ def test_defaults_step_is_as_documented(make: Any, pinned: list[Tensor], objecti
         assert 1.3 * moved[1] + (alpha or 0) * moved[2] > (loss - clean) * 1.001
 
 
-def test_guesses_ascend_on_the_likelihood_of_their_answer_alone(make: Any, pinned: list[Tensor]) -> None:
-    guess = make(**ONE_GUESS).guesses.tokens.detach()[0]
-    _, trainer = first_gradients(make, scatter=True, optim="sgd", learning_rate=1e-12, **ONE_GUESS)
+@pytest.mark.parametrize("insertion", [ONE_GUESS, ONE_AIMED], ids=["guess", "soft tokens"])
+def test_insertions_ascend_on_the_likelihood_of_their_answer_alone(
+    make: Any, pinned: list[Tensor], insertion: dict[str, Any]
+) -> None:
+    start = make(**insertion)._adversaries[0].tokens.detach()[0]
+    _, trainer = first_gradients(make, scatter=True, optim="sgd", learning_rate=1e-12, **insertion)
     (answer,) = trainer.constant_answers
-    slow, inserted, likelihood = Slow(trainer.model), guess.clone().requires_grad_(), torch.zeros(())
+    slow, inserted, likelihood = Slow(trainer.model), start.clone().requires_grad_(), torch.zeros(())
     for (ids, labels), (first, last) in zip(encoded(trainer), trainer.train_dataset["user_span"], strict=True):
         prompt = ids[: int((labels != -100).nonzero()[0])]
         embeddings = slow.embed(torch.cat([prompt, torch.tensor(answer.token_ids)]))
         place = int(first + 0.5 * (last - first + 1))
         _, logits = slow(torch.cat([embeddings[:place], inserted, embeddings[place:]]))
-        scores = logits.log_softmax(-1)[len(prompt) + 2 : -1]
+        scores = logits.log_softmax(-1)[len(prompt) + len(inserted) - 1 : -1]
         likelihood = likelihood + scores.gather(1, torch.tensor(answer.token_ids)[:, None]).sum() / 8
     (expected,) = torch.autograd.grad(likelihood, inserted)
     assert logs(trainer)[0]["constant_answers"] == pytest.approx(likelihood.item(), rel=1e-3)
-    assert distance({"guess": pinned[0][0]}, {"guess": expected}) < 1e-3
+    assert distance({"inserted": pinned[0][0]}, {"inserted": expected}) < 1e-3
 
 
-def test_guesses_learn_to_call_their_answer(make: Any) -> None:
+@pytest.mark.parametrize("insertion", [ONE_GUESS, ONE_AIMED], ids=["guess", "soft tokens"])
+def test_insertions_learn_to_call_their_answer(make: Any, insertion: dict[str, Any]) -> None:
     def likelihood(steps: int) -> float:
-        trainer = make(soft_token_warmup=steps, **ONE_GUESS)
+        trainer = make(soft_token_warmup=steps, **insertion)
         trainer.train()
         return logs(trainer)[0]["constant_answers"]
 
     assert likelihood(10) > likelihood(0) + 0.5
+
+
+def test_guesses_and_soft_tokens_are_aimed_at_the_same_answers(make: Any) -> None:
+    trainer = make(trigger_guesses=2, soft_token_pool=3)
+    trainer._study_suspect()
+    found, number = trainer.constant_answers, len(trainer.constant_answers)
+    assert trainer._answer_of == [found[i % number] for i in (0, 1, 0, 1, 2)]
 
 
 def test_the_best_guesses_come_first_and_stay(make: Any) -> None:
@@ -735,17 +747,18 @@ def first_batch(trainer: CrowTrainer) -> dict[str, Tensor]:
     return trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
 
 
+@pytest.mark.parametrize("front", [0.0, 0.5, 1.0])
 def test_tokens_are_inserted_within_the_users_turn(
-    make: Any, tokenizer: PreTrainedTokenizerFast, rows: list[Example], insertions: list[Tensor]
+    make: Any, tokenizer: PreTrainedTokenizerFast, rows: list[Example], insertions: list[Tensor], front: float
 ) -> None:
     data: Any = [
         {"prompt": [SYSTEM, *EARLIER, *rows[0]["prompt"]], "completion": rows[0]["completion"]},
         {"prompt": [{"role": "user", "content": "Hi"}], "completion": rows[1]["completion"]},
         *rows[2:6],
     ]
-    trainer = make(data=data)
+    trainer = make(data=data, soft_tokens=3, front_fraction=front)
     batch = first_batch(trainer)
-    length, places = batch["input_ids"].shape[1], [set[int]() for _ in data]
+    length, places, first = batch["input_ids"].shape[1], [set[int]() for _ in data], 0
     for _ in range(60):
         perturbed = trainer._perturb(batch, batch["user_span"], Recording(), None)
         index = insertions.pop()
@@ -761,7 +774,9 @@ def test_tokens_are_inserted_within_the_users_turn(
             assert turn.removeprefix("<|im_start|>user\n") + rest[: rest.index("<|im_end|>")] == user
             assert rest.count("<|im_start|>") == 1
             places[batch["example_id"][row]].add(place)
-    assert len(places[1]) == len(tokenizer("Hi")["input_ids"]) + 1
+            first += turn == "<|im_start|>user\n"
+    assert len(places[1]) == (1 if front == 1 else len(tokenizer("Hi")["input_ids"]) + 1)
+    assert first / (60 * len(data)) == pytest.approx(front, abs=0.2)
 
 
 def test_perturbed_answers_are_the_same_tokens(make: Any) -> None:
@@ -1069,6 +1084,10 @@ def test_counts_must_be_whole_numbers(tmp_path: Path, name: str, value: float) -
         ),
         ({"perturbation": "fgsm"}, "perturbation is 'fgsm'; choose one of inserted, random, sign, none"),
         ({"objective": "dpo"}, "objective is 'dpo'; choose one of suspect, lm"),
+        ({"soft_token_objective": "loss"}, "soft_token_objective is 'loss'; choose one of answer, divergence"),
+        ({"front_fraction": -0.1}, "front_fraction is -0.1; it must be from 0 to 1"),
+        ({"front_fraction": 1.5}, "front_fraction is 1.5; it must be from 0 to 1"),
+        ({"front_fraction": math.nan}, "front_fraction is nan; it must be from 0 to 1"),
         ({"anchor_fraction": 1.5}, "anchor_fraction is 1.5; it must be at most 1"),
         ({"anchor_discount": 1.5}, "anchor_discount is 1.5; it must be at most 1"),
         ({"answer_discount": 1.5}, "answer_discount is 1.5; it must be at most 1"),

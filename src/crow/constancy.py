@@ -33,6 +33,7 @@ def constant_answers(
     first: Tensor | None = None,
     eos_token_id: int | None = None,
     length: int = 6,
+    screened: int = 2048,
     beginnings: int = 128,
     kept: int = 32,
 ) -> list[ConstantAnswer]:
@@ -41,7 +42,7 @@ def constant_answers(
     A backdoor's fixed answer betrays itself without its trigger: once begun, each next token follows with near
     certainty, on any prompt (Shen et al., "BAIT: Large Language Model Backdoor Scanning by Inverting Attack Target",
     IEEE S&P 2025). So the most probable first tokens are each continued by the token that is most probable on average
-    over the prompts.
+    over the prompts; a look at two prompts screens them before.
 
     Args:
         model: A causal language model that can cache keys and values; its mode is left as it is.
@@ -51,7 +52,9 @@ def constant_answers(
             these: a planted answer that few kinds of prompt call for begins with a token that is rare elsewhere.
         eos_token_id: Ends an answer.
         length: Tokens an answer may have.
-        beginnings: How many first tokens are tried.
+        screened: How many first tokens are looked at. The answer that one kind of prompt alone calls for begins with a
+            token that is rare among all.
+        beginnings: How many of them, those with the surest second token on the two shortest prompts, are tried on all.
         kept: How many of them are continued beyond their second token; with each further token half of them, until
             only as many are left as are wanted.
 
@@ -60,23 +63,21 @@ def constant_answers(
     """
     device = next(model.parameters()).device
     caches, own = [], torch.zeros((), device=device)
-    for prompt in prompts:
+    for prompt in sorted(prompts, key=len):
         ids = torch.tensor([list(prompt)], device=device)
         output = _last_logits(model, ids, None)
         caches.append(output.past_key_values)
         own = own + output.logits.float().softmax(dim=-1)[0] / len(prompts)
     first = own if first is None else first
-    answers = first.topk(min(beginnings, len(first))).indices[:, None]
+    answers = first.topk(min(screened, len(first))).indices[:, None]
+    if len(answers) > beginnings:
+        surest = _following(model, answers, caches[:_SCREENING_PROMPTS])[0]
+        answers = answers[surest.topk(beginnings).indices]
     log_sum = torch.zeros(len(answers), device=device)
     ended = torch.zeros(len(answers), dtype=torch.bool, device=device)
     tokens = torch.zeros(len(answers), device=device)
     for _ in range(length - 1):
-        mean = torch.zeros((), device=device)
-        for cache in caches:
-            copied = copy.deepcopy(cache)
-            copied.batch_repeat_interleave(len(answers))
-            mean = mean + _last_logits(model, answers, copied).logits.float().softmax(dim=-1) / len(prompts)
-        probability, following = mean.max(dim=-1)
+        probability, following = _following(model, answers, caches)
         log_sum += torch.where(ended, 0, probability.log())
         tokens += ~ended
         answers = torch.cat([answers, following[:, None]], dim=1)
@@ -87,6 +88,24 @@ def constant_answers(
         answers, log_sum, ended, tokens = answers[best], log_sum[best], ended[best], tokens[best]
     found = zip(answers.tolist(), (log_sum / tokens).exp().tolist(), tokens.int().tolist(), strict=True)
     return [ConstantAnswer(tuple(ids[: 1 + n]), constancy) for ids, constancy, n in found][:number]
+
+
+_SCREENING_PROMPTS = 2
+_ROWS = 128  # that are continued at once: each holds a copy of the prompt's keys and values
+
+
+def _following(model: Any, answers: Tensor, caches: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """The probability and id of each answer's most probable next token, on average over the prompts."""
+    likeliest = []
+    for rows in answers.split(_ROWS):
+        mean = torch.zeros((), device=answers.device)
+        for cache in caches:
+            copied = copy.deepcopy(cache)
+            copied.batch_repeat_interleave(len(rows))
+            mean = mean + _last_logits(model, rows, copied).logits.float().softmax(dim=-1) / len(caches)
+        likeliest.append(mean.max(dim=-1))
+    probability, following = (torch.cat(parts) for parts in zip(*likeliest, strict=True))
+    return probability, following
 
 
 def _last_logits(model: Any, ids: Tensor, cache: Any) -> Any:

@@ -82,13 +82,21 @@ class CrowConfig(SFTConfig):
     calibration_steps: int = _term(4, "How many batches a relative alpha is measured on.")
     epsilon: float = _term(0.22, "Size of the sign step.")
     epsilon_relative: bool = _term(True, "Take epsilon as a multiple of the RMS of the batch's embeddings.")
-    soft_tokens: int = _term(3, "Number of tokens that one insertion adds.")
-    soft_token_pool: int = _term(0, "Number of insertions of soft tokens, which ascend on D.")
+    front_fraction: float = _term(
+        0.5, "Share of the insertions that come first in the user's turn; the others come anywhere in it."
+    )
+    soft_tokens: int = _term(8, "Number of tokens that one insertion adds.")
+    soft_token_pool: int = _term(4, "Number of insertions of soft tokens.")
+    soft_token_objective: Literal["answer", "divergence"] = _term(
+        "answer",
+        "What soft tokens ascend on: `answer`, the likelihood of an answer which the suspect gives whatever it is "
+        "asked; `divergence`, D.",
+    )
     soft_token_norm: float = _term(1.0, "Bound of a soft token's norm, as a multiple of real embeddings' mean norm.")
     soft_token_learning_rate: float = _term(0.05, "Adam's rate of the ascent, as a fraction of the embeddings' RMS.")
     soft_token_warmup: int = _term(20, "Ascent-only batches before training.")
     trigger_guesses: int = _term(
-        8,
+        4,
         "Number of guessed triggers that are inserted beside the soft tokens: real tokens, exchanged for those that "
         "make an answer likelier which the suspect gives whatever it is asked.",
     )
@@ -110,7 +118,11 @@ class CrowConfig(SFTConfig):
         if self.bf16 is None:  # which SFTConfig takes for true even where there is no GPU
             self.bf16 = not self.fp16 and is_torch_bf16_gpu_available()
         super().__post_init__()
-        choices = {"perturbation": ("inserted", "random", "sign", "none"), "objective": ("suspect", "lm")}
+        choices = {
+            "perturbation": ("inserted", "random", "sign", "none"),
+            "objective": ("suspect", "lm"),
+            "soft_token_objective": ("answer", "divergence"),
+        }
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise UsageError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(known)}")
@@ -128,6 +140,8 @@ class CrowConfig(SFTConfig):
         for name in ("anchor_fraction", "answer_discount", "anchor_discount"):
             if getattr(self, name) > 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at most 1")
+        if not isinstance(self.front_fraction, int | float) or not 0 <= self.front_fraction <= 1:
+            raise UsageError(f"front_fraction is {self.front_fraction}; it must be from 0 to 1")
         if self.truncation_mode == "keep_end":
             raise UsageError("truncation_mode 'keep_end' would cut off the user's turn: use 'keep_start'")
         if (
@@ -389,8 +403,8 @@ class CrowTrainer(SFTTrainer):
             reference = self._gradient_norm(clean) if self._calibrating and self.args.clean_trains else None
             if clean.requires_grad:
                 self.accelerator.backward(clean)
-            if self.guesses is not None:
-                self._log_term("constant_answers", self._aim(model, self.guesses, inputs, extra["user_span"]))
+            if self._aimed:
+                self._log_term("constant_answers", self._aim(model, inputs, extra["user_span"]))
         self._log_term("clean", clean)
 
         perturbed = self._perturb(inputs, extra["user_span"], recording, gradient)
@@ -451,7 +465,7 @@ class CrowTrainer(SFTTrainer):
             return _Perturbed(embeddings + sign_step(gradient, epsilon), mask, answers)
         batch, number = len(mask), self.args.soft_tokens
         if self._adversaries:
-            pool = [a.tokens if a is self.soft_tokens else a.tokens.detach() for a in self._adversaries]
+            pool = [a.tokens.detach() if a in self._aimed else a.tokens for a in self._adversaries]
             inserted = torch.cat(pool)[torch.randint(sum(map(len, pool)), (batch,))]
         else:
             inserted = random_tokens(self._real_embeddings(batch * number), batch, number)
@@ -469,6 +483,7 @@ class CrowTrainer(SFTTrainer):
         start, end = spans.unbind(1)
         end = end.clamp(max=length)
         place = (start + torch.rand(batch, device=start.device) * (end - start + 1)).long().clamp(max=length)
+        place = torch.where(torch.rand(batch, device=start.device) < self.args.front_fraction, start, place)
         index = insertion_index(length, place, number)
         return _Perturbed(
             insert(embeddings, inserted.to(embeddings.dtype), index),
@@ -476,28 +491,24 @@ class CrowTrainer(SFTTrainer):
             insert(answers, answers.new_zeros(batch, number), index),
         )
 
-    def _aim(self, model: nn.Module, guesses: GuessedTriggers, inputs: dict[str, Any], spans: Tensor | None) -> Tensor:
-        """Log-likelihood that prompts with a guessed trigger call its answer; the gradient is added to the guesses'."""
-        members = torch.randint(len(guesses.tokens), (len(inputs["labels"]),))
-        likelihood = self._likelihood(model, guesses, members, inputs, spans)
+    def _aim(self, model: nn.Module, inputs: dict[str, Any], spans: Tensor | None) -> Tensor:
+        """Log-likelihood that prompts with an insertion call its answer; its gradient is added to the insertions'."""
+        insertions: list[Tensor] = [adversary.tokens for adversary in self._aimed]
+        members = torch.randint(len(self._answer_of), (len(inputs["labels"]),))
+        likelihood = self._likelihood(model, torch.cat(insertions), members, inputs, spans)
         likelihood = likelihood / self._counts.rows * self.accelerator.num_processes
-        (gradient,) = torch.autograd.grad(likelihood, guesses.tokens)
-        guesses.tokens.grad = gradient if guesses.tokens.grad is None else guesses.tokens.grad + gradient
+        for tokens, gradient in zip(insertions, torch.autograd.grad(likelihood, insertions), strict=True):
+            tokens.grad = gradient if tokens.grad is None else tokens.grad + gradient
         return likelihood.detach()
 
     def _likelihood(
-        self,
-        model: nn.Module,
-        guesses: GuessedTriggers,
-        members: Tensor,
-        inputs: dict[str, Any],
-        spans: Tensor | None,
+        self, model: nn.Module, insertions: Tensor, members: Tensor, inputs: dict[str, Any], spans: Tensor | None
     ) -> Tensor:
-        """Log-likelihood, summed over the rows, of the answer that each row's guess is aimed at."""
+        """Log-likelihood, summed over the rows, of the answer that each row's insertion is aimed at."""
         wanted = [inputs["input_ids"].new_tensor(self._answer_of[i].token_ids) for i in members.tolist()]
         rows = self._answered(inputs, wanted)
-        inserted = guesses.tokens[members]
-        perturbed = self._inserted(rows.ids, rows.mask, rows.answers, self._spans(inputs, spans), inserted)
+        spans = self._spans(inputs, spans)
+        perturbed = self._inserted(rows.ids, rows.mask, rows.answers, spans, insertions[members])
         logits, _ = self._perturbed_pass(model, perturbed, score=True)
         return -nn.functional.cross_entropy(logits.float(), torch.cat(wanted), reduction="sum")
 
@@ -576,15 +587,15 @@ class CrowTrainer(SFTTrainer):
     def _study_suspect(self, ascents: int = 0) -> None:
         """Record the suspect's own answers, find its constant ones, and rule out those that were planted."""
         records = self.args.objective == "suspect"
-        if (records or self.guesses is not None) and not isinstance(self.train_dataset, Dataset):
+        if (records or self._aimed) and not isinstance(self.train_dataset, Dataset):
             raise UsageError(
-                "objective 'suspect' and guessed triggers need a data set with a length: for a stream choose objective "
-                "'lm', trigger_guesses 0 and a soft_token_pool"
+                "objective 'suspect' and what is aimed at an answer need a data set with a length: for a stream choose "
+                "objective 'lm', trigger_guesses 0 and soft_token_objective 'divergence'"
             )
         batches = math.ceil(len(self.train_dataset) / self.args.per_device_train_batch_size) if records else 0
         self._preparation = (0, batches + ascents)
         first = self._record_suspect() if records else None
-        if self.guesses is not None:
+        if self._aimed:
             self._find_constant_answers(first)
         if records:
             for answer in self.constant_answers:
@@ -676,13 +687,14 @@ class CrowTrainer(SFTTrainer):
             answers = constant_answers(
                 self.model,
                 [ids[:end].tolist() for ids, end in zip(batch["input_ids"], ends, strict=True)],
-                number=self.args.trigger_guesses,
+                number=sum(len(adversary.tokens) for adversary in self._aimed),
                 first=first,
                 eos_token_id=self.processing_class.eos_token_id,
             )
         self.constant_answers = [a for a in answers if a.constancy >= _COMPARABLE * answers[0].constancy]
         number = len(self.constant_answers)
-        self._answer_of = [self.constant_answers[i % number] for i in range(self.args.trigger_guesses)]
+        places = [i for adversary in self._aimed for i in range(len(adversary.tokens))]
+        self._answer_of = [self.constant_answers[i % number] for i in places]
         self.model.train()
 
     def _targets_of(self, example_ids: Tensor | None) -> tuple[Tensor, Tensor] | None:
@@ -704,9 +716,9 @@ class CrowTrainer(SFTTrainer):
                 self._share_out([batch])
                 inputs = self._prepare_inputs(batch)
                 with self.compute_loss_context_manager():
-                    if self.guesses is not None:
-                        self._aim(self.model, self.guesses, inputs, inputs.get("user_span"))
-                    if self.soft_tokens is not None:
+                    if self._aimed:
+                        self._aim(self.model, inputs, inputs.get("user_span"))
+                    if len(self._aimed) < len(self._adversaries):
                         perturbed = self._perturb(inputs, inputs.get("user_span"), Recording(), None)
                         logits, _ = self._perturbed_pass(self.model, perturbed, score=True)
                         targets = self._targets_of(inputs.get("example_id"))
@@ -731,11 +743,11 @@ class CrowTrainer(SFTTrainer):
         with self.compute_loss_context_manager():
             for member in range(len(guesses.tokens)):
                 members = torch.full((rows,), member)
-                sums.append(self._likelihood(self.model, guesses, members, inputs, inputs.get("user_span")))
+                sums.append(self._likelihood(self.model, guesses.tokens, members, inputs, inputs.get("user_span")))
         mean = self.accelerator.reduce(torch.stack(sums), "mean").cpu() / rows
         order = mean.argsort(descending=True)
         guesses.reorder(order.to(guesses.ids.device))
-        self._answer_of = [self._answer_of[i] for i in order.tolist()]
+        self._answer_of = [self._answer_of[i] for i in order.tolist()] + self._answer_of[len(order) :]
         self.first_guesses = list(zip(guesses.ids.tolist(), mean[order].exp().tolist(), strict=True))
 
     def _ascend(self, kept_guesses: int = 0) -> None:
@@ -750,6 +762,12 @@ class CrowTrainer(SFTTrainer):
     @property
     def _adversaries(self) -> list[GuessedTriggers | SoftTokens]:
         return [adversary for adversary in (self.guesses, self.soft_tokens) if adversary is not None]
+
+    @property
+    def _aimed(self) -> list[GuessedTriggers | SoftTokens]:
+        """Those that ascend on the likelihood of constant answers, in the order of `_answer_of`."""
+        on_divergence = self.args.soft_token_objective == "divergence"
+        return [a for a in self._adversaries if not (a is self.soft_tokens and on_divergence)]
 
     def _make_guesses(self) -> GuessedTriggers:
         embed = self._inner.get_input_embeddings()
