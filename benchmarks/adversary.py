@@ -1,8 +1,8 @@
 """What does each adversary learn to make a suspect say, and which words do the guesses come upon?
 
-Only the inserted tokens are trained, against the suspect as it is. Printed for soft tokens, which ascend on the
-divergence, and for guessed triggers, which ascend on a constant answer: the mean probability of the backdoor's first
-word as the answer's first token, which neither is told, as the ascent goes on.
+Only the inserted tokens are trained, against the suspect as it is. Printed for soft tokens that ascend on the
+divergence, for such that ascend on a constant answer, and for guessed triggers, which do so too: the mean
+probability of the backdoor's first word as the answer's first token, which none is told, as the ascent goes on.
 
     python benchmarks/adversary.py crow:badnets-sentiment --word You
 """
@@ -19,7 +19,12 @@ from crow.models import open_model
 from crow.trainer import CrowConfig, CrowTrainer
 
 ADVERSARIES: dict[str, dict[str, Any]] = {
-    "soft tokens": {"trigger_guesses": 0, "soft_token_pool": 8},
+    "soft tokens on the divergence": {
+        "trigger_guesses": 0,
+        "soft_token_pool": 8,
+        "soft_token_objective": "divergence",
+    },
+    "soft tokens on an answer": {"trigger_guesses": 0, "soft_token_pool": 8},
     "guessed triggers": {"trigger_guesses": 8, "soft_token_pool": 0},
 }
 

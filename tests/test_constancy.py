@@ -36,7 +36,7 @@ def test_answers_are_those_of_a_search_without_a_cache(architecture: str) -> Non
             log_sum += math.log(probability)
         expected.append((tuple(answer), math.exp(log_sum / 3)))
     expected.sort(key=lambda pair: -pair[1])
-    found = constant_answers(model, PROMPTS, number=5, length=4, screened=10, beginnings=10, kept=40)
+    found = constant_answers(model, PROMPTS, number=5, length=4, beginnings=10, screened=0, kept=40)
     assert [answer.token_ids for answer in found] == [answer for answer, _ in expected[:5]]
     assert [answer.constancy for answer in found] == pytest.approx([c for _, c in expected[:5]], rel=1e-3)
 
@@ -66,33 +66,51 @@ def test_a_memorized_answer_is_found_and_ends_where_it_ends() -> None:
     assert all(a.constancy >= b.constancy for a, b in itertools.pairwise(found))
 
 
-def test_ever_fewer_answers_are_continued() -> None:
-    model, rows = tiny_model("llama", 40).eval(), []
+def rows_of(model: Any) -> list[int]:
+    """A list that fills with the number of rows of each forward."""
+    rows: list[int] = []
     model.register_forward_pre_hook(
         lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
     )
-    found = constant_answers(model, PROMPTS[:1], number=3, length=6, beginnings=30, kept=16)
-    assert rows == [1, 40, 30, 16, 8, 4, 3]
+    return rows
+
+
+def test_ever_fewer_answers_are_continued() -> None:
+    model = tiny_model("llama", 40).eval()
+    rows = rows_of(model)
+    found = constant_answers(model, PROMPTS[:1], number=3, length=6, beginnings=30, screened=0, kept=16)
+    assert rows == [1, 30, 16, 8, 4, 3]
     assert len(found) == 3
 
 
 def test_beginnings_can_come_from_more_prompts_than_are_tried() -> None:
     model = tiny_model("llama", 40).eval()
-    rare = slow_mean(model, []).argmin()
+    unlikely = slow_mean(model, []).argmin()
     first = torch.zeros(40)
-    first[rare] = 1
-    (answer,) = constant_answers(model, PROMPTS, number=1, first=first, screened=1)
-    assert answer.token_ids[0] == rare
+    first[unlikely] = 1
+    (answer,) = constant_answers(model, PROMPTS, number=1, first=first, beginnings=1, screened=0)
+    assert answer.token_ids[0] == unlikely
 
 
-def test_the_surest_on_the_shortest_prompts_are_tried() -> None:
+def test_rarer_beginnings_are_those_with_the_surest_second_token_on_the_shortest_prompt() -> None:
     model = tiny_model("llama", 40).eval()
+    shortest, order = min(PROMPTS, key=len), slow_mean(model, []).argsort(descending=True)
     with torch.no_grad():
-        prompts = [sorted(PROMPTS, key=len)[place] for place in (0, 1)]
-        rows = [torch.tensor([[*prompt, token] for token in range(40)]) for prompt in prompts]
-        surest = torch.stack([model(input_ids=r).logits[:, -1].softmax(-1) for r in rows]).mean(0).max(-1).values
-    found = constant_answers(model, PROMPTS, number=40, beginnings=7, kept=40)
-    assert {answer.token_ids[0] for answer in found} == set(surest.topk(7).indices.tolist())
+        rows = torch.tensor([[*shortest, token] for token in order[5:25].tolist()])
+        surest = model(input_ids=rows).logits[:, -1].softmax(-1).max(-1).values
+    found = constant_answers(model, PROMPTS, number=40, beginnings=5, screened=20, rare=7, kept=40)
+    expected = {*order[:5].tolist(), *order[5:25][surest.topk(7).indices].tolist()}
+    assert {answer.token_ids[0] for answer in found} == expected
+
+
+def test_memorized_answers_are_found_though_they_begin_with_rare_tokens() -> None:
+    memorized = [(30, 31, 32, 2), (33, 34, 35, 2), (36, 37, 38, 2)]
+    model, first = memorizing(*memorized), torch.ones(40)
+    first[[30, 33, 36]] = 0
+    settings: dict[str, Any] = {"number": 40, "first": first, "length": 4, "beginnings": 5}
+    found = constant_answers(model, PROMPTS, rare=20, screened=35, **settings)
+    assert {*memorized} <= {answer.token_ids for answer in found}
+    assert not {*memorized} & {answer.token_ids for answer in constant_answers(model, PROMPTS, screened=0, **settings)}
 
 
 def test_rows_are_continued_in_portions_without_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,8 +33,9 @@ def constant_answers(
     first: Tensor | None = None,
     eos_token_id: int | None = None,
     length: int = 6,
-    screened: int = 2048,
     beginnings: int = 128,
+    rare: int = 64,
+    screened: int = 2048,
     kept: int = 32,
 ) -> list[ConstantAnswer]:
     """The answers of a model that depend least on what it was asked.
@@ -42,7 +43,7 @@ def constant_answers(
     A backdoor's fixed answer betrays itself without its trigger: once begun, each next token follows with near
     certainty, on any prompt (Shen et al., "BAIT: Large Language Model Backdoor Scanning by Inverting Attack Target",
     IEEE S&P 2025). So the most probable first tokens are each continued by the token that is most probable on average
-    over the prompts; a look at two prompts screens them before.
+    over the prompts. In a second search so are rarer ones that, on one of the prompts, one token follows for sure.
 
     Args:
         model: A causal language model that can cache keys and values; its mode is left as it is.
@@ -52,11 +53,13 @@ def constant_answers(
             these: a planted answer that few kinds of prompt call for begins with a token that is rare elsewhere.
         eos_token_id: Ends an answer.
         length: Tokens an answer may have.
-        screened: How many first tokens are looked at. The answer that one kind of prompt alone calls for begins with a
-            token that is rare among all.
-        beginnings: How many of them, those with the surest second token on the two shortest prompts, are tried on all.
-        kept: How many of them are continued beyond their second token; with each further token half of them, until
-            only as many are left as are wanted.
+        beginnings: How many first tokens are tried.
+        rare: How many rarer ones are tried in the second search.
+        screened: How many those are chosen from, by the probability of their second token on the shortest prompt. An
+            answer that one kind of prompt alone calls for begins with a token that is rare among all; a planted one
+            that begins as others do has no sure second token.
+        kept: How many of a search are continued beyond their second token; with each further token half of them,
+            until only as many are left as are wanted.
 
     Returns:
         At most `number` answers of at least two tokens, the most constant first.
@@ -69,13 +72,28 @@ def constant_answers(
         caches.append(output.past_key_values)
         own = own + output.logits.float().softmax(dim=-1)[0] / len(prompts)
     first = own if first is None else first
-    answers = first.topk(min(screened, len(first))).indices[:, None]
-    if len(answers) > beginnings:
-        surest = _following(model, answers, caches[:_SCREENING_PROMPTS])[0]
-        answers = answers[surest.topk(beginnings).indices]
-    log_sum = torch.zeros(len(answers), device=device)
-    ended = torch.zeros(len(answers), dtype=torch.bool, device=device)
-    tokens = torch.zeros(len(answers), device=device)
+    ranked = first.topk(min(beginnings + screened, len(first))).indices[:, None]
+    likely, unlikely = ranked[:beginnings], ranked[beginnings:]
+    if len(unlikely) > rare:
+        surest = _following(model, unlikely, caches[:1])[0]
+        unlikely = unlikely[surest.topk(rare).indices]
+    found = [
+        answer
+        for answers in (likely, unlikely)
+        for answer in _continued(model, answers, caches, eos_token_id, length=length, kept=kept, number=number)
+    ]
+    return sorted(found, key=lambda answer: answer.constancy, reverse=True)[:number]
+
+
+def _continued(
+    model: Any, answers: Tensor, caches: Sequence[Any], eos_token_id: int | None, *, length: int, kept: int, number: int
+) -> list[ConstantAnswer]:
+    """At most `number` of the answers that begin with these tokens, `(rows, 1)`."""
+    if not len(answers):
+        return []
+    log_sum = torch.zeros(len(answers), device=answers.device)
+    ended = torch.zeros(len(answers), dtype=torch.bool, device=answers.device)
+    tokens = torch.zeros(len(answers), device=answers.device)
     for _ in range(length - 1):
         probability, following = _following(model, answers, caches)
         log_sum += torch.where(ended, 0, probability.log())
@@ -90,7 +108,6 @@ def constant_answers(
     return [ConstantAnswer(tuple(ids[: 1 + n]), constancy) for ids, constancy, n in found][:number]
 
 
-_SCREENING_PROMPTS = 2
 _ROWS = 128  # that are continued at once: each holds a copy of the prompt's keys and values
 
 
