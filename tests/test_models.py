@@ -62,6 +62,14 @@ def test_a_folder_is_opened(llama_folder: Path, tiny_llama: MakeModel) -> None:
     assert opened.causal_lm is opened.model
 
 
+def test_a_model_is_put_where_accelerate_says(adapter_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Elsewhere:
+        device = torch.device("meta")
+
+    monkeypatch.setattr("crow.models.PartialState", Elsewhere)
+    assert {p.device for p in open_model(adapter_folder).model.parameters()} == {Elsewhere.device}
+
+
 def test_an_adapter_is_opened_on_the_base_that_it_names(adapter_folder: Path, tiny_llama: MakeModel) -> None:
     opened = open_model(adapter_folder)
     assert isinstance(opened.model, PeftModel)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
+from accelerate import PartialState
 from peft import LoraConfig, PeftModel
 from transformers import (
     AutoConfig,
@@ -91,11 +92,17 @@ def open_model(source: str | Path | None = None, *, base: str | Path | None = No
 
     Weights are read from safetensors or GGUF files only and no code that comes with a model is run. On a GPU they keep
     the checkpoint's dtype; on a CPU they become bfloat16 if it has instructions for that, else float32. An adapter
-    comes back trainable, on a frozen base.
+    comes back trainable, on a frozen base. The model is on the device that accelerate chooses: a GPU, if there is one.
 
     Raises:
         UsageError: there is no such model, it is not decoder-only, or its weights are pickled.
     """
+    opened = _open(source, base)
+    opened.model.to(PartialState().device)
+    return opened
+
+
+def _open(source: str | Path | None, base: str | Path | None) -> OpenedModel:
     if base is None and (source is None or (str(source) == EMBEDDED_ID and _embedded_file() is not None)):
         return _open_embedded()
     name = str(source) if source is not None else EMBEDDED_ID
