@@ -19,7 +19,7 @@ PROMPTS = 100
 
 SIZES: dict[bool, dict[str, Any]] = {
     False: {"examples": 100, "epochs": 3, "ascents": 20, "new_tokens": 20},
-    True: {"examples": 24, "epochs": 2, "ascents": 12, "new_tokens": 5},
+    True: {"examples": 24, "epochs": 2, "ascents": 8, "new_tokens": 5},
 }
 """How much is done, for the whole demo and for the quick one."""
 
