@@ -138,7 +138,7 @@ def purify(
             {"text": opened.tokenizer.decode(ids), "probability": probability}
             for ids, probability in trainer.first_guesses
         ],
-        provenance=environment(),
+        provenance=environment() | {"dtype": str(opened.causal_lm.dtype).removeprefix("torch.")},
     )
     return purified, record
 

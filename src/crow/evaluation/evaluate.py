@@ -259,6 +259,7 @@ def evaluate(
         | {
             "model": engine.name,
             "model_hashes": engine.hashes,
+            "dtype": None if opened is None else str(opened.causal_lm.dtype).removeprefix("torch."),
             "clean_sha256": sha256_rows(clean),
             "triggered_sha256": sha256_rows(triggered),
         },
