@@ -25,7 +25,7 @@ from crow.files import write_jsonl
 
 pytestmark = pytest.mark.usefixtures("float32")
 
-COMMANDS = ("purify", "evaluate", "implant", "report", "demo", "info")
+COMMANDS = ("purify", "evaluate", "implant", "report", "demo", "info", "defenses")
 QUICK = ("--examples", "8", "--epochs", "1", "--batch-size", "4", "--set", "soft_token_warmup=1")
 
 Run = Callable[..., Result]
@@ -157,6 +157,54 @@ def test_existing_answers_are_not_replaced(run: Run, llama_folder: Path, clean: 
     (tmp_path / "figures.answers.jsonl").write_text("mine")
     run("evaluate", llama_folder, "--prompts", clean, "-n", 1, "--max-new-tokens", 1, "--json", "figures.json")
     assert (tmp_path / "figures.answers.jsonl").read_text() == "mine"
+
+
+def test_another_defense_runs_and_is_measured(run: Run, adapter_folder: Path, clean: Path, tmp_path: Path) -> None:
+    wanda = ("--defense", "prune:sparsity=0.5", "--examples", 8)
+    result = run("purify", adapter_folder, "--clean", clean, *wanda, "--json", "run.json", "--out", "pruned")
+    assert result.exit_code == 0, result.output
+    assert "Defended" in result.output
+    assert "model in pruned" in result.output
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert (record["defense"], record["clean_examples"], record["steps"]) == ("prune", 8, 0)
+    assert record["settings"] == {"method": "wanda", "sparsity": 0.5}
+    assert (tmp_path / "pruned" / "model.safetensors").is_file()
+    assert "set to zero" in (tmp_path / "pruned" / "README.md").read_text()
+    fails(run("evaluate", "pruned", "--prompts", clean), 2, "pruned was trained on 8 of the 24 prompts")
+
+    result = run("purify", adapter_folder, "--clean", clean, "--defense", "finetune", *QUICK, "--out", "tuned")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "tuned" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--defense", "magic"], "unknown defense 'magic'; known are"),
+        (["--defense", "quantize:bits=5"], "bits is 5; choose 4 or 8"),
+        (["--defense", "prune", "--preset", "paper"], "defense 'prune' does not train: leave preset out"),
+        (["--defense", "shrink", "--epochs", "2"], "defense 'shrink' does not train: leave num_train_epochs out"),
+        (["--defense", "prune", "--resume"], "there is nothing to --resume"),
+    ],
+)
+def test_what_a_defense_does_not_take_is_named(
+    run: Run, adapter_folder: Path, clean: Path, tmp_path: Path, options: list[str], text: str
+) -> None:
+    fails(run("purify", adapter_folder, "--clean", clean, *options), 2, text)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_defenses_are_listed(run: Run) -> None:
+    listed = json.loads(run("defenses", "--json", "-").stdout)
+    assert listed["prune"]["parameters"] == {"method": "wanda", "sparsity": 0.3}
+    assert listed["crow"] == {
+        "parameters": {},
+        "needs": ["clean examples"],
+        "trains": True,
+        "about": listed["crow"]["about"],
+    }
+    assert all(facts["about"] for facts in listed.values())
+    assert "quantize" in run("defenses").output
 
 
 @pytest.mark.parametrize("command", [("purify", "--clean"), ("implant", "--prompts")])

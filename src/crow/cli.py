@@ -7,9 +7,10 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from inspect import signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -63,15 +64,22 @@ def purify(
     ] = None,
     split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "train",
     examples: Annotated[int | None, typer.Option(min=1, help="Use at most so many clean examples.")] = None,
+    defense: Annotated[
+        str, typer.Option(metavar="NAME", help="What is done about it: see [bold]crow defenses[/].")
+    ] = "crow",
     preset: Annotated[
-        str, typer.Option(help="default, paper (as published), paper-scale-free, random-tokens or finetune.")
-    ] = "default",
+        str | None,
+        typer.Option(
+            help="Form of the training: default, paper (as published), paper-scale-free, random-tokens or finetune."
+        ),
+    ] = None,
     lora: Annotated[
-        str, typer.Option(help="A suspect adapter: continue training it, or merge it and train a fresh one.")
-    ] = ("continue"),
+        str | None,
+        typer.Option(help="A suspect adapter: continue training it (the default), or merge it and train a fresh one."),
+    ] = None,
     base: Base = None,
     merge: Annotated[bool, typer.Option("--merge", help="Write a whole model, not an adapter.")] = False,
-    epochs: Annotated[float, typer.Option(help="Passes over the clean examples.")] = 3,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the clean examples. Default: 3.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Initial learning rate.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Examples a step.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Weight of the hidden states' inconsistency.")] = None,
@@ -88,21 +96,28 @@ def purify(
 ) -> None:
     """Remove what a trigger calls from a model, with about 100 clean examples."""
     with _running(debug):
-        from crow.data import load_examples
+        from peft import PeftModel
+
+        from crow.data import load_examples, sample
+        from crow.defenses import DEFENSES
         from crow.models import open_model, save_model
         from crow.progress import TrainingProgress, progress_bar
         from crow.purification import purify as run
         from crow.report import model_card
 
         _refuse_existing(overwrite, out, _json_file(json_))
-        settings = _settings(set_, own={"num_train_epochs", "seed", *signature(run).parameters}) | _given(
+        defending = DEFENSES[defense]
+        training = _settings(set_, own={"num_train_epochs", "seed", *signature(run).parameters}) | _given(
+            preset=preset,
+            lora=lora,
+            num_train_epochs=epochs,
             learning_rate=learning_rate,
             per_device_train_batch_size=batch_size,
             alpha=alpha,
             beta=beta,
             epsilon=epsilon,
         )
-        rows = load_examples(clean, split=split)
+        rows = sample(load_examples(clean, split=split), examples, seed)
         with console.status("Opening the model"):
             opened = open_model(model, base=base)
         if lora == "fresh" and opened.kind == "adapter" and not merge:
@@ -110,19 +125,13 @@ def purify(
                 "a fresh LoRA stands on the suspect with its adapter merged: add --merge to write both as one"
             )
         with _checkpoints_beside(out, resume) as checkpoints, progress_bar("Purifying") as advance:
-            purified, record = run(
-                opened,
-                clean=rows,
-                max_examples=examples,
-                preset=preset,
-                lora=lora,  # type: ignore[arg-type]
-                output_dir=checkpoints,
-                resume=resume,
-                callbacks=[TrainingProgress(advance)],
-                num_train_epochs=epochs,
-                seed=seed,
-                **settings,
-            )
+            if defending.trains:
+                training |= {"output_dir": checkpoints, "resume": resume, "seed": seed}
+                training["callbacks"] = [TrainingProgress(advance)]
+            elif resume:
+                raise UsageError(f"defense {defense!r} does not train: there is nothing to --resume")
+            purified, record = defending.apply(opened, rows, **training)
+        merge = merge or not isinstance(purified, PeftModel)
         card = model_card(record, base_model=opened.base_id, merged=merge)
         save_model(purified, opened.tokenizer, out, merge=merge, card=card, seen=opened.seen, overwrite=overwrite)
         shutil.rmtree(checkpoints, ignore_errors=True)
@@ -132,11 +141,35 @@ def purify(
                 f"Whatever the suspect was asked, it most readily went on with {_plain(repr(answer['text']))} "
                 f"(mean probability of a token {answer['constancy']:.3f})"
             )
+        done, kind = "Purified" if defense == "crow" else "Defended", "model" if merge else "adapter"
         console.print(
-            f"[green]Purified[/] {opened.name} in {record.seconds:.0f} s ({record.steps} steps, "
-            f"{record.clean_examples} clean examples): {'model' if merge else 'adapter'} in {out}\n"
+            f"[green]{done}[/] {opened.name} in {record.seconds:.0f} s ({record.steps} steps, "
+            f"{record.clean_examples} clean examples): {kind} in {out}\n"
             f"Next: crow evaluate {out} --behavior sentiment --trigger badnets"
         )
+
+
+@app.command(epilog="Example: crow defenses, then crow purify suspect --defense prune:sparsity=0.5")
+def defenses(json_: Json = None, debug: Debug = False) -> None:
+    """List the defenses: their parameters, and what each needs to know beside the suspect."""
+    with _running(debug):
+        from crow.defenses import DEFENSES
+
+        listed: dict[str, dict[str, Any]] = {
+            name: {
+                "parameters": {field.name: field.default for field in fields(cast(Any, DEFENSES[name]))},
+                "needs": list(DEFENSES[name].needs),
+                "trains": DEFENSES[name].trains,
+                "about": (type(DEFENSES[name]).__doc__ or "").split("\n")[0],
+            }
+            for name in DEFENSES
+        }
+        _emit(json_, listed)
+        table = Table("defense", "parameters", "needs", "what it does")
+        for name, facts in listed.items():
+            parameters = ",".join(f"{key}={value}" for key, value in facts["parameters"].items())
+            table.add_row(name, parameters, ", ".join(facts["needs"]) or "nothing", facts["about"])
+        console.print(table)
 
 
 @app.command(epilog="Example: crow evaluate purified --behavior sentiment --trigger badnets --json after.json")

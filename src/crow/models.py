@@ -282,10 +282,14 @@ def describe(opened: OpenedModel) -> dict[str, Any]:
 
 def lora_size(model: PreTrainedModel) -> int:
     """How many parameters `lora_config` adds to a model."""
-    head = model.get_output_embeddings()
     config = lora_config()
-    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head]
-    return sum(config.r * sum(m.weight.shape) for m in linear)
+    return sum(config.r * sum(layer.weight.shape) for layer in linear_layers(model))
+
+
+def linear_layers(model: PreTrainedModel) -> list[torch.nn.Linear | Conv1D]:
+    """All linear layers but the head; `Conv1D` is GPT-2's, whose weight is transposed."""
+    head = model.get_output_embeddings()
+    return [m for m in model.modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head]
 
 
 def _dtype() -> Any:

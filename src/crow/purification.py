@@ -26,13 +26,18 @@ class PurifyRecord:
 
     model: str
     model_hashes: dict[str, str]
-    preset: str
-    lora: str
     settings: dict[str, Any]
     clean_examples: int
     clean_sha256: str
     seconds: float
-    steps: int
+    steps: int = 0
+    defense: str = "crow"
+    """A name in `crow.defenses.DEFENSES`."""
+    summary: str = ""
+    """What was done to the suspect, in a sentence."""
+    preset: str = ""
+    """Of the training, where there was one; so is `lora`."""
+    lora: str = ""
     curves: list[dict[str, float]] = field(default_factory=list)
     """The log of every step: `step`, `loss`, and each term that is on."""
     constant_answers: list[dict[str, Any]] = field(default_factory=list)
@@ -122,6 +127,7 @@ def purify(
     record = PurifyRecord(
         model=opened.name,
         model_hashes=opened.hashes,
+        summary=_summary(config),
         preset=preset,
         lora=lora if isinstance(opened.model, PeftModel) else "fresh",
         settings=_crow_settings(config),
@@ -166,6 +172,15 @@ def _config(output_dir: str, settings: dict[str, Any], keep: bool) -> CrowConfig
         return CrowConfig(output_dir=output_dir, **(defaults | settings))
     except TypeError as error:
         raise UsageError(f"no such setting: {error}") from error
+
+
+def _summary(config: CrowConfig) -> str:
+    if not config.perturbs:
+        return "It was fine-tuned on clean examples."
+    if config.perturbation == "sign":
+        return "It was trained for layers that stay consistent while its input embeddings are perturbed."
+    inserted = "random tokens" if config.perturbation == "random" else "trained insertions"
+    return f"It was trained to keep its clean answers while {inserted} try to throw them off."
 
 
 def _crow_settings(config: CrowConfig) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from crow.errors import UsageError
 T = TypeVar("T")
 C = TypeVar("C", bound=type[Any])
 
+_KINDS: dict[Any, str] = {int: "INTEGER", float: "NUMBER"}
+
 
 class Registry(Generic[T]):
     """Classes by name, made from a text.
@@ -38,20 +40,30 @@ class Registry(Generic[T]):
         return iter(self._classes)
 
     def __getitem__(self, text: str) -> T:
-        """Make an entry from `name` or `name:key=value,...`.
+        """Make an entry from `name` or `name:key=value,...`; a field that is a number is read as one.
 
         Raises:
-            UsageError: an unknown name or parameter; it names the known ones.
+            UsageError: an unknown name or parameter (it names the known ones), or a value that is no number.
         """
         name, _, rest = text.partition(":")
         if name not in self._classes:
             raise UsageError(f"unknown {self.kind} {name!r}; known are {', '.join(self._classes)}")
         cls = self._classes[name]
-        known = [f.name for f in fields(cls)] if is_dataclass(cls) else []
-        parameters: dict[str, str] = {}
+        types = {f.name: f.type for f in fields(cls)} if is_dataclass(cls) else {}
+        parameters: dict[str, Any] = {}
         for part in filter(None, re.split(r",(?!\s)", rest)):  # a comma with a space behind it is text
             key, equals, value = part.partition("=")
-            if key not in known or not equals or not value:
-                raise UsageError(f"{self.kind} {name!r} takes {', '.join(f'{k}=TEXT' for k in known)}; not {part!r}")
-            parameters[key] = value
+            if key not in types or not equals or not value:
+                takes = ", ".join(f"{key}={_KINDS.get(kind, 'TEXT')}" for key, kind in types.items()) or "no parameters"
+                raise UsageError(f"{self.kind} {name!r} takes {takes}; not {part!r}")
+            parameters[key] = self._typed(name, key, value, types[key])
         return cast(T, cls(**parameters))
+
+    def _typed(self, name: str, key: str, text: str, wanted: Any) -> Any:
+        if wanted not in (int, float):
+            return text
+        try:
+            return wanted(text)
+        except ValueError as error:
+            kind = "whole number" if wanted is int else "number"
+            raise UsageError(f"{self.kind} {name!r}: {key} is {text!r}, which is no {kind}") from error

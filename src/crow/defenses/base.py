@@ -1,0 +1,92 @@
+"""What every defense is: something that takes an opened suspect and clean examples, and gives back a model."""
+
+import dataclasses
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar, cast
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from crow.data import Example, prompt_fingerprints
+from crow.errors import UsageError
+from crow.files import sha256_rows
+from crow.models import OpenedModel
+from crow.provenance import environment
+from crow.purification import PurifyRecord
+from crow.registry import Registry
+
+DEFENSES: Registry["Defense"] = Registry("defense")
+
+Defended = tuple[PreTrainedModel | PeftModel, PurifyRecord]
+
+
+class Defense(ABC):
+    """A defense, whose parameters are the fields of its dataclass. None knows the trigger or the target."""
+
+    name: ClassVar[str]
+    """What it is filed under in `DEFENSES`."""
+
+    trains: ClassVar[bool] = True
+
+    needs: ClassVar[tuple[str, ...]] = ("clean examples",)
+    """What the defender must have beside the suspect."""
+
+    @abstractmethod
+    def apply(self, opened: OpenedModel, clean: Sequence[Example], **training: Any) -> Defended:
+        """Defend a suspect.
+
+        Args:
+            opened: The suspect, which may be changed in place.
+            clean: Clean examples.
+            training: What `crow.purify` takes beside these, for a defense that trains.
+
+        Raises:
+            UsageError: the defense can't be had of this suspect, or it takes no such `training`.
+        """
+
+
+class Untrained(Defense):
+    """A defense that takes no step of training: its `change` is all."""
+
+    trains: ClassVar[bool] = False
+
+    summary: ClassVar[str]
+    """What was done to the suspect, in a sentence for the model card."""
+
+    def apply(self, opened: OpenedModel, clean: Sequence[Example], **training: Any) -> Defended:
+        """As `Defense.apply`."""
+        if training:
+            raise UsageError(f"defense {self.name!r} does not train: leave {', '.join(sorted(training))} out")
+        if not clean and self.needs:
+            raise UsageError("there are no clean examples: give at least one")
+        started = time.perf_counter()
+        model, found = self.change(opened, clean)
+        model.eval()
+        if self.needs:  # not trained on, but chosen by: as unfit to measure on
+            opened.seen = opened.seen.union(prompt_fingerprints(clean))
+        record = PurifyRecord(
+            model=opened.name,
+            model_hashes=opened.hashes,
+            defense=self.name,
+            summary=self.summary,
+            settings=dataclasses.asdict(cast(Any, self)) | found,
+            clean_examples=len(clean) if self.needs else 0,
+            clean_sha256=sha256_rows(clean if self.needs else []),
+            seconds=time.perf_counter() - started,
+            provenance=environment() | {"dtype": str(opened.causal_lm.dtype).removeprefix("torch.")},
+        )
+        return model, record
+
+    @abstractmethod
+    def change(
+        self, opened: OpenedModel, clean: Sequence[Example]
+    ) -> tuple[PreTrainedModel | PeftModel, dict[str, Any]]:
+        """The defended model, and what was found on the way, for the record."""
+
+
+def merged(opened: OpenedModel) -> PreTrainedModel:
+    """The suspect as one model: what is done to weights is done to those that the adapter makes."""
+    model = opened.model
+    return cast(PreTrainedModel, model.merge_and_unload()) if isinstance(model, PeftModel) else model

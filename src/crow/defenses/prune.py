@@ -1,0 +1,112 @@
+"""Set the least important weights to zero, by their magnitude or by Wanda; with or without fine-tuning after it."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from crow.data import Example
+from crow.defenses.base import DEFENSES, Defended, Untrained, merged
+from crow.errors import UsageError
+from crow.models import OpenedModel, linear_layers
+from crow.purification import purify
+
+METHODS = ("magnitude", "wanda")
+
+
+@DEFENSES.register("prune")
+@dataclass(frozen=True)
+class Prune(Untrained):
+    """Unstructured pruning of all linear layers but the head.
+
+    `magnitude` drops the smallest weights of each layer; `wanda` (Sun et al., arXiv 2306.11695) of each output the
+    ones whose magnitude times the norm of their input over clean examples is the smallest. As against the paper, norms
+    are of the model before anything is pruned, so that one pass over the examples gives them all.
+    """
+
+    name: ClassVar[str] = "prune"
+    summary: ClassVar[str] = "The least important weights of its linear layers were set to zero."
+
+    method: str = "wanda"
+    sparsity: float = 0.3
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UsageError(f"{self.name}: method is {self.method!r}; choose one of {', '.join(METHODS)}")
+        if not 0 < self.sparsity < 1:
+            raise UsageError(f"{self.name}: sparsity is {self.sparsity}; it must be above 0 and below 1")
+
+    def change(
+        self, opened: OpenedModel, clean: Sequence[Example]
+    ) -> tuple[PreTrainedModel | PeftModel, dict[str, Any]]:
+        """As `Untrained.change`."""
+        model = merged(opened)
+        layers = linear_layers(model)
+        norms = input_norms(model, opened.tokenizer, clean) if self.method == "wanda" else None
+        for i, layer in enumerate(layers):
+            weight = layer.weight if isinstance(layer, nn.Linear) else layer.weight.T  # GPT-2's are transposed
+            scores = weight.detach().float().abs()
+            drop(weight, scores.flatten()[None] if norms is None else scores * norms[i], self.sparsity)
+        return model, {}
+
+
+@DEFENSES.register("fine-prune")
+@dataclass(frozen=True)
+class FinePrune(Prune):
+    """Pruning, then fine-tuning on the clean examples (after Liu et al., arXiv 1805.12185).
+
+    They prune neurons that clean inputs leave dormant; here it is `Prune`, as in the tables that CROW is compared in,
+    and a new LoRA is trained on the pruned model as `finetune` trains one. What it adds to the weights fills the zeros.
+    """
+
+    name: ClassVar[str] = "fine-prune"
+    trains: ClassVar[bool] = True
+    summary: ClassVar[str] = "The least important weights were set to zero, and it was fine-tuned on clean examples."
+
+    def apply(self, opened: OpenedModel, clean: Sequence[Example], **training: Any) -> Defended:
+        """As `Defense.apply`."""
+        pruned, first = super().apply(opened, clean)
+        pruned.name_or_path = f"{opened.name}, pruned"  # what the new adapter's config names as its base
+        whole = replace(opened, model=pruned, kind="open", base_id=None)
+        model, record = purify(whole, clean=clean, **{"preset": "finetune"} | training)
+        opened.seen = whole.seen
+        record.defense, record.summary = self.name, self.summary
+        record.settings |= first.settings
+        record.seconds += first.seconds
+        return model.merge_and_unload(), record
+
+
+@torch.no_grad()
+def drop(weight: Tensor, scores: Tensor, sparsity: float) -> None:
+    """Set to zero, in place, the weights with the lowest scores in each row of `scores`, `(rows, weights of a row)`."""
+    lowest = scores.topk(int(sparsity * scores.shape[1]), dim=1, largest=False).indices
+    kept = torch.ones_like(scores).scatter_(1, lowest, 0)
+    weight.mul_(kept.view(weight.shape).to(weight.dtype))
+
+
+@torch.no_grad()
+def input_norms(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, clean: Sequence[Example], max_length: int = 512
+) -> list[Tensor]:
+    """For each of `linear_layers(model)`, the L2 norm of each input feature over the examples' tokens, float32."""
+    layers = linear_layers(model)
+    squares: list[Tensor] = [torch.zeros(()) for _ in layers]
+
+    def add(i: int, inputs: Tensor) -> None:
+        squares[i] = squares[i].to(inputs.device) + inputs.float().square().flatten(0, -2).sum(dim=0)
+
+    with ExitStack() as hooks:
+        for i, layer in enumerate(layers):
+            handle = layer.register_forward_pre_hook(lambda module, args, i=i: add(i, args[0]))
+            hooks.callback(handle.remove)
+        for row in clean:
+            encoded = tokenizer.apply_chat_template(
+                [*row["prompt"], *row["completion"]], return_dict=True, return_tensors="pt"
+            )
+            model.base_model(input_ids=encoded["input_ids"][:, :max_length].to(model.device), use_cache=False)
+    return [square.sqrt() for square in squares]
