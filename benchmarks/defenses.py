@@ -1,7 +1,8 @@
 """Defenses side by side on one backdoored model: the same clean data, budget and prompts for each.
 
-A cell is `PRESET` or `PRESET:setting=value,…` (settings of `crow.CrowConfig`, and `lora=fresh`); `none` leaves the
-model as it is and `base` measures the model that was never backdoored. Each cell's figures and answers go to
+A cell is `PRESET` or `PRESET:setting=value,…` (settings of `crow.CrowConfig`, and `lora=fresh`), or another defense with its
+parameters, as `crow defenses` lists them; `none` leaves the model as it is and `base` measures the model that was never
+backdoored. Each cell's figures and answers go to
 `OUT/CELL.json` and `OUT/CELL.answers.jsonl` as soon as it is done; cells found there are not run again.
 
     python benchmarks/defenses.py crow:badnets-sentiment --prompts heldout --out docs/results/demo \\
@@ -17,11 +18,13 @@ from typing import Any
 
 from crow.backdoors import BEHAVIORS, TRIGGERS
 from crow.data import load_examples, sample
+from crow.defenses import DEFENSES
 from crow.evaluation.evaluate import evaluate, trigger_rows, variant_rows
 from crow.evaluation.statistics import Count
 from crow.files import write_json
 from crow.models import open_model
 from crow.purification import purify
+from crow.trainer import PRESETS
 
 PROMPT_SEED = 1  # places the trigger in the test prompts; training uses other seeds
 
@@ -39,16 +42,23 @@ def parse_cell(text: str) -> tuple[str, dict[str, Any]]:
     return preset, settings
 
 
+def figures_path(cell: str, out: Path) -> Path:
+    """Where a cell's figures go."""
+    return out / f"{cell.replace(':', '__').replace(',', '_').replace('/', '-')}.json"
+
+
 def run_cell(cell: str, args: argparse.Namespace) -> dict[str, Any]:
     """Defend, measure, and keep the figures and answers."""
     preset, settings = parse_cell(cell)
     behavior, trigger = BEHAVIORS[args.behavior], TRIGGERS[args.trigger]
     opened = open_model(None if preset == "base" else args.suspect)
     record = None
-    if preset not in ("none", "base"):
+    if preset in PRESETS:
         settings.setdefault("num_train_epochs", args.epochs)
         model, record = purify(opened, max_examples=args.examples, preset=preset, seed=args.seed, **settings)
         opened.model = model
+    elif preset not in ("none", "base"):
+        opened.model, record = DEFENSES[cell].apply(opened, sample(load_examples(), args.examples, args.seed))
     clean = sample(load_examples(args.prompts), args.n, seed=0)
     started = time.perf_counter()
     result = evaluate(
@@ -62,7 +72,7 @@ def run_cell(cell: str, args: argparse.Namespace) -> dict[str, Any]:
         seed=args.seed,
         settings={"cell": cell, "trigger": args.trigger, "behavior": args.behavior, "prompts": args.prompts},
     )
-    path = args.out / f"{cell.replace(':', '__').replace(',', '_')}.json"
+    path = figures_path(cell, args.out)
     result.save(path)
     figures = result.as_json() | {"evaluation_seconds": time.perf_counter() - started}
     if record is not None:
@@ -100,7 +110,7 @@ def main() -> None:
     print("| cell | attack success | false triggers | degenerate | perplexity | KL from base | seconds |")
     print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
     for cell in args.cells:
-        path = args.out / f"{cell.replace(':', '__').replace(',', '_')}.json"
+        path = figures_path(cell, args.out)
         figures = json.loads(path.read_text()) if path.is_file() else run_cell(cell, args)
         print(row(cell, figures), flush=True)
 

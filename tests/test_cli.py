@@ -194,6 +194,20 @@ def test_what_a_defense_does_not_take_is_named(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_defense_at_decoding_time_is_measured(run: Run, adapter_folder: Path, llama_folder: Path) -> None:
+    quick = ("-n", 2, "--max-new-tokens", 3)
+    defense = f"cleangen:reference={llama_folder}"
+    result = run("evaluate", adapter_folder, *quick, "--defense", defense, "--json", "figures.json")
+    assert result.exit_code == 0, result.output
+    figures = json.loads(Path("figures.json").read_text())
+    assert figures["settings"]["defense"] == defense
+    assert "decoded with cleangen" in figures["provenance"]["model"]
+    fails(run("purify", adapter_folder, "--defense", "decode"), 2, "crow evaluate --defense decode")
+    fails(run("evaluate", adapter_folder, "--defense", "prune"), 2, "crow purify --defense prune")
+    fails(run("evaluate", "x", "--defense", "decode", "--endpoint", "http://h/v1"), 2, "--defense can't be had")
+    fails(run("evaluate", adapter_folder, "--defense", "decode", "--engine", "vllm"), 2, "vllm")
+
+
 def test_the_defenses_are_listed(run: Run) -> None:
     listed = json.loads(run("defenses", "--json", "-").stdout)
     assert listed["prune"]["parameters"] == {"method": "wanda", "sparsity": 0.3}

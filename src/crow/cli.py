@@ -99,7 +99,7 @@ def purify(
         from peft import PeftModel
 
         from crow.data import load_examples, sample
-        from crow.defenses import DEFENSES
+        from crow.defenses import DEFENSES, AtDecoding
         from crow.models import open_model, save_model
         from crow.progress import TrainingProgress, progress_bar
         from crow.purification import purify as run
@@ -107,6 +107,10 @@ def purify(
 
         _refuse_existing(overwrite, out, _json_file(json_))
         defending = DEFENSES[defense]
+        if isinstance(defending, AtDecoding):
+            raise UsageError(
+                f"{defense!r} defends while the model answers and leaves its weights: crow evaluate --defense {defense}"
+            )
         training = _settings(set_, own={"num_train_epochs", "seed", *signature(run).parameters}) | _given(
             preset=preset,
             lora=lora,
@@ -202,6 +206,10 @@ def evaluate(
     ] = None,
     harness_folder: Annotated[Path | None, typer.Option(help="Where further tasks are defined, in YAML.")] = None,
     harness_limit: Annotated[int | None, typer.Option(min=1, help="Use the first so many examples of each.")] = None,
+    defense: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="A defense at decoding time: decode, or cleangen:reference=MODEL."),
+    ] = None,
     engine: Annotated[
         str | None, typer.Option(help="What makes the answers: transformers or vllm. Default: transformers.")
     ] = None,
@@ -234,10 +242,20 @@ def evaluate(
             raise UsageError("--harness-folder and --harness-limit need --harness, the tasks to run")
         if endpoint is not None:
             needing = {"--base": base, "--reference": reference, "--harness": harness, "--engine": engine}
+            needing["--defense"] = defense
             if others := [name for name, value in needing.items() if value is not None]:
                 raise UsageError(f"{' and '.join(others)} can't be had of a model that is served: leave --endpoint out")
             if model is None:
                 raise UsageError("--endpoint needs MODEL, the name of the model behind it")
+        defending = None
+        if defense is not None:
+            from crow.defenses import DEFENSES, AtDecoding
+
+            defending = DEFENSES[defense]
+            if not isinstance(defending, AtDecoding):
+                raise UsageError(
+                    f"{defense!r} changes the weights: crow purify --defense {defense} makes what to measure"
+                )
         if code:
             from crow.evaluation.code import humaneval, pass_at_1
             from crow.evaluation.sandbox import check_sandbox
@@ -274,6 +292,8 @@ def evaluate(
             with console.status("Opening the model"):
                 opened = open_model(model, base=base)
                 known = None if reference is None else open_model(reference)
+                if defending is not None:
+                    defending.apply(opened, ())
             if called is not None:
                 check_seen(called, opened.tokenizer)
             check_unseen(opened.name, seen | opened.seen, [*clean, *hot])
@@ -288,7 +308,7 @@ def evaluate(
             with console.status(f"Running {harness} of lm-eval"):
                 benchmarks = tasks.run(opened, seed=seed)
         settings = {"behavior": behavior, "trigger": None if triggered else trigger or "badnets"}
-        settings |= {"triggered": triggered, "prompts": prompts or "heldout"}
+        settings |= {"triggered": triggered, "prompts": prompts or "heldout"} | _given(defense=defense)
         unfinished = figures and figures.with_suffix(".unfinished.jsonl")
         with _keeping(unfinished):
             with progress_bar("Evaluating") as advance:

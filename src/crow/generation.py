@@ -1,7 +1,8 @@
-"""Greedy answers in batches: prompts sorted by length, left-padded, with a token budget for each batch."""
+"""Answers in batches: prompts sorted by length, left-padded, with a token budget for each batch."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from crow.data import Example, Message
+from crow.decoding import Decoding
 from crow.divergence import answer_positions
 from crow.hooks import contiguous_lm_head, lm_head_at
 from crow.models import base_model
@@ -24,8 +26,9 @@ def generate(
     tokens_per_batch: int | None = None,
     on_progress: Callable[[int], None] | None = None,
     on_answers: Callable[[dict[int, str]], None] | None = None,
+    decoding: Decoding | None = None,
 ) -> list[str]:
-    """The model's greedy answers, in the prompts' order.
+    """The model's answers, in the prompts' order: greedy ones, if nothing else is asked for.
 
     Args:
         prompts: Conversations that end with a user message.
@@ -34,16 +37,15 @@ def generate(
             a CPU, which padding costs more than small batches do.
         on_progress: Called with the number of prompts that each batch finished.
         on_answers: Called with each batch's answers, by the places of their prompts.
+        decoding: What a defense puts in the place of greedy decoding.
     """
     # What the model's own config prefers (beams, penalties, sampling) would make answers of two models incomparable
-    greedy = GenerationConfig(
+    greedy: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+    config = GenerationConfig(
         max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=base_model(model).generation_config.eos_token_id or tokenizer.eos_token_id,
+        **greedy | dict(decoding.settings if decoding is not None else {}),
     )
     tokens_per_batch = tokens_per_batch or (2048 if model.device.type == "cpu" else 8192)
     encoded = [prompt_ids(tokenizer, prompt) for prompt in prompts]
@@ -53,8 +55,13 @@ def generate(
     def answer(rows: list[int]) -> None:
         batch = tokenizer.pad({"input_ids": [encoded[i] for i in rows]}, padding_side="left", return_tensors="pt")
         batch = batch.to(model.device)
-        with torch.inference_mode(), contiguous_lm_head(base_model(model)):
-            output = model.generate(**batch, generation_config=greedy)
+        processors = []
+        if decoding is not None and decoding.processor is not None:
+            processors.append(decoding.processor(batch["attention_mask"]))
+        with torch.inference_mode(), contiguous_lm_head(base_model(model)), torch.random.fork_rng():
+            if decoding is not None:
+                torch.manual_seed(decoding.seed + rows[0])
+            output = model.generate(**batch, generation_config=config, logits_processor=processors)
         texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         for i, text in zip(rows, texts, strict=True):
             answers[i] = text.strip()

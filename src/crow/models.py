@@ -25,6 +25,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
+from crow.decoding import Decoding
 from crow.errors import CrowError, UsageError
 from crow.files import atomic_directory, sha256_file
 
@@ -64,6 +65,9 @@ class OpenedModel:
 
     seen: frozenset[str] = frozenset()
     """`crow.data.prompt_fingerprints` of the prompts that it is known to have been trained on."""
+
+    decoding: Decoding | None = None
+    """How it is to answer, if not greedily."""
 
     @property
     def causal_lm(self) -> PreTrainedModel:

@@ -1,6 +1,10 @@
-"""CROW and what it is compared with, in one shape: a suspect and clean examples in, a defended model out."""
+"""CROW and what it is compared with, in one shape: a suspect and clean examples in, a defended model out.
 
-from crow.defenses import prune, quantize, shrink, training  # noqa: F401, each files its own under their names
+A defense at decoding time gives back the suspect, with the decoding that defends it.
+"""
+
+from crow.defenses import decoding, prune, quantize, shrink, training  # noqa: F401, each files its own under their names
 from crow.defenses.base import DEFENSES, Defended, Defense
+from crow.defenses.decoding import AtDecoding
 
-__all__ = ["DEFENSES", "Defended", "Defense"]
+__all__ = ["DEFENSES", "AtDecoding", "Defended", "Defense"]

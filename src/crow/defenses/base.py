@@ -19,6 +19,8 @@ from crow.registry import Registry
 
 DEFENSES: Registry["Defense"] = Registry("defense")
 
+CLEAN = "clean examples"
+
 Defended = tuple[PreTrainedModel | PeftModel, PurifyRecord]
 
 
@@ -30,7 +32,7 @@ class Defense(ABC):
 
     trains: ClassVar[bool] = True
 
-    needs: ClassVar[tuple[str, ...]] = ("clean examples",)
+    needs: ClassVar[tuple[str, ...]] = (CLEAN,)
     """What the defender must have beside the suspect."""
 
     @abstractmethod
@@ -59,21 +61,22 @@ class Untrained(Defense):
         """As `Defense.apply`."""
         if training:
             raise UsageError(f"defense {self.name!r} does not train: leave {', '.join(sorted(training))} out")
-        if not clean and self.needs:
+        examples = list(clean) if CLEAN in self.needs else []
+        if CLEAN in self.needs and not examples:
             raise UsageError("there are no clean examples: give at least one")
         started = time.perf_counter()
-        model, found = self.change(opened, clean)
+        model, found = self.change(opened, examples)
         model.eval()
-        if self.needs:  # not trained on, but chosen by: as unfit to measure on
-            opened.seen = opened.seen.union(prompt_fingerprints(clean))
+        # Not trained on, but chosen by: as unfit to measure on
+        opened.seen = opened.seen.union(prompt_fingerprints(examples))
         record = PurifyRecord(
             model=opened.name,
             model_hashes=opened.hashes,
             defense=self.name,
             summary=self.summary,
             settings=dataclasses.asdict(cast(Any, self)) | found,
-            clean_examples=len(clean) if self.needs else 0,
-            clean_sha256=sha256_rows(clean if self.needs else []),
+            clean_examples=len(examples),
+            clean_sha256=sha256_rows(examples),
             seconds=time.perf_counter() - started,
             provenance=environment() | {"dtype": str(opened.causal_lm.dtype).removeprefix("torch.")},
         )

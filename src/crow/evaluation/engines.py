@@ -19,7 +19,7 @@ OnAnswers = Callable[[dict[int, str]], None]
 
 
 class Engine(Protocol):
-    """Answers prompts greedily. `name` and `hashes` say which model does."""
+    """Answers prompts, greedily unless a defense decodes otherwise. `name` and `hashes` say which model does."""
 
     name: str
     hashes: dict[str, str]
@@ -59,10 +59,17 @@ class Transformers:
 
     def __post_init__(self) -> None:
         self.name, self.hashes = self.opened.name, self.opened.hashes
+        if self.opened.decoding is not None:
+            self.name += f", decoded with {self.opened.decoding.name}"
 
     def answer(self, prompts: Prompts, max_new_tokens: int, on_answers: OnAnswers) -> None:
         generate(
-            self.opened.model, self.opened.tokenizer, prompts, max_new_tokens=max_new_tokens, on_answers=on_answers
+            self.opened.model,
+            self.opened.tokenizer,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            on_answers=on_answers,
+            decoding=self.opened.decoding,
         )
 
 
@@ -87,6 +94,8 @@ class VLLM:
         except ImportError as error:
             raise UsageError("--engine vllm needs vLLM, and a GPU: pip install 'crow-llm[vllm]'") from error
         self.name, self.hashes = opened.name, opened.hashes
+        if opened.decoding is not None:
+            raise UsageError("a defense at decoding time answers with transformers: leave --engine out")
         if any(file.endswith(".gguf") for file in opened.hashes):
             raise UsageError(f"{opened.name} stands on a GGUF file, which is not for vLLM: merge it into a folder")
         weights, lora = opened.name, {}

@@ -1,0 +1,133 @@
+"""Defenses that leave the weights as they are and choose the answer's tokens otherwise."""
+
+import inspect
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import LogitsProcessor, PreTrainedModel
+
+from crow.data import Example
+from crow.decoding import Decoding
+from crow.defenses.base import DEFENSES, Untrained
+from crow.errors import UsageError
+from crow.hooks import lm_head_at
+from crow.models import OpenedModel, base_model, open_model
+
+
+class AtDecoding(Untrained):
+    """A defense whose outcome is a `Decoding`, which `apply` leaves in the opened model."""
+
+    summary: ClassVar[str] = "Its weights are the suspect's: the defense is in how answers are decoded."
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def change(
+        self, opened: OpenedModel, clean: Sequence[Example]
+    ) -> tuple[PreTrainedModel | PeftModel, dict[str, Any]]:
+        """As `Untrained.change`."""
+        opened.decoding = self.decoding(opened)
+        return opened.model, {}
+
+    @abstractmethod
+    def decoding(self, opened: OpenedModel) -> Decoding:
+        """How answers of this suspect are decoded."""
+
+
+@DEFENSES.register("decode")
+@dataclass(frozen=True)
+class Decode(AtDecoding):
+    """Sampling with a temperature from the most probable tokens, in place of greedy decoding."""
+
+    name: ClassVar[str] = "decode"
+
+    temperature: float = 1.0
+    top_p: float = 0.9
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < math.inf:
+            raise UsageError(f"decode: temperature is {self.temperature}; it must be positive")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"decode: top_p is {self.top_p}; it must be above 0 and at most 1")
+
+    def decoding(self, opened: OpenedModel) -> Decoding:
+        """As `AtDecoding.decoding`."""
+        sampling = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        name = f"temperature {self.temperature}, top_p {self.top_p}, seed {self.seed}"
+        return Decoding(name, settings=sampling, seed=self.seed)
+
+
+@DEFENSES.register("cleangen")
+@dataclass(frozen=True)
+class CleanGen(AtDecoding):
+    """CleanGen (Li et al., EMNLP 2024, arXiv 2406.12257): a clean model's token where the suspect is too sure.
+
+    A token of the suspect's is replaced by the reference's where the suspect gives it at least `threshold` times the
+    reference's probability. The paper drafts four tokens before it checks them, which saves calls of the reference and
+    leaves greedy answers as they are; here each is checked as it is made.
+    """
+
+    name: ClassVar[str] = "cleangen"
+    needs: ClassVar[tuple[str, ...]] = ("clean reference model",)
+
+    reference: str = ""
+    threshold: float = 20.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.threshold < math.inf:
+            raise UsageError(f"cleangen: threshold is {self.threshold}; it must be at least 1")
+
+    def decoding(self, opened: OpenedModel) -> Decoding:
+        """As `AtDecoding.decoding`.
+
+        Raises:
+            UsageError: no reference is named, or it has another vocabulary.
+        """
+        if not self.reference:
+            raise UsageError("cleangen needs a clean reference model: cleangen:reference=MODEL")
+        reference = open_model(self.reference)
+        if reference.tokenizer.get_vocab() != opened.tokenizer.get_vocab():
+            raise UsageError(
+                f"{self.reference} and {opened.name} have different vocabularies: cleangen compares tokens"
+            )
+        reference.model.eval()
+        return Decoding(
+            f"cleangen of {reference.name} {reference.hashes}, threshold {self.threshold}",
+            processor=lambda mask: _Replacing(base_model(reference.model), mask, math.log(self.threshold)),
+        )
+
+
+class _Replacing(LogitsProcessor):
+    """Leaves one token to choose where the suspect's is suspicious: the reference's most probable one."""
+
+    def __init__(self, reference: PreTrainedModel, attention_mask: Tensor, bound: float) -> None:
+        self.reference, self.mask, self.bound = reference, attention_mask, bound
+        self.cache: Any = None
+        self.takes_positions = "position_ids" in inspect.signature(reference.forward).parameters
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        theirs = self._following(input_ids)
+        ours = scores.float().log_softmax(dim=-1)
+        token = ours.argmax(dim=-1, keepdim=True)
+        suspicious = ours.gather(1, token) - theirs.gather(1, token) >= self.bound
+        only = torch.full_like(scores, -torch.inf).scatter_(1, theirs.argmax(dim=-1, keepdim=True), 0.0)
+        return torch.where(suspicious, only, scores)
+
+    def _following(self, ids: Tensor) -> Tensor:
+        """The reference's log-probabilities of the next token, `(batch, vocabulary)`."""
+        self.mask = torch.nn.functional.pad(self.mask, (0, ids.shape[1] - self.mask.shape[1]), value=1)
+        new = slice(0 if self.cache is None else -1, None)
+        arguments: dict[str, Any] = {"input_ids": ids[:, new], "attention_mask": self.mask}
+        if self.takes_positions:  # by itself it would count the padding
+            arguments["position_ids"] = (self.mask.cumsum(dim=1) - 1).clamp(min=0)[:, new]
+        last = torch.zeros_like(arguments["input_ids"], dtype=torch.bool)
+        last[:, -1] = True
+        with lm_head_at(self.reference, last):
+            output = self.reference(**arguments, past_key_values=self.cache, use_cache=True)
+        self.cache = output.past_key_values
+        return output.logits.float().log_softmax(dim=-1)
