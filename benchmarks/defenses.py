@@ -1,9 +1,9 @@
 """Defenses side by side on one backdoored model: the same clean data, budget and prompts for each.
 
-A cell is `PRESET` or `PRESET:setting=value,…` (settings of `crow.CrowConfig`, and `lora=fresh`), or another defense with its
-parameters, as `crow defenses` lists them; `none` leaves the model as it is and `base` measures the model that was never
-backdoored. Each cell's figures and answers go to
-`OUT/CELL.json` and `OUT/CELL.answers.jsonl` as soon as it is done; cells found there are not run again.
+A cell is `PRESET` or `PRESET:setting=value,…` (settings of `crow.CrowConfig`, and `lora=fresh`), or another defense
+with its parameters, as `crow defenses` lists them; `none` leaves the model as it is and `base` measures the model that
+was never backdoored. Each cell's figures and answers go to `OUT/CELL.json` and `OUT/CELL.answers.jsonl` as soon as it
+is done; cells found there are not run again.
 
     python benchmarks/defenses.py crow:badnets-sentiment --prompts heldout --out docs/results/demo \\
         none finetune:learning_rate=0.001 default

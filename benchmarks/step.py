@@ -8,7 +8,6 @@ peak of memory is each form's own, in a process of its own. Runs on the embedded
 
 import argparse
 import json
-import os
 import resource
 import statistics
 import subprocess
@@ -64,9 +63,7 @@ class Stepper:
 def peak_memory(form: str, folder: str) -> float:
     """Peak of resident memory in MiB after all that comes before training and a few steps, in a process of its own."""
     command = [sys.executable, __file__, "--worker", form, folder]
-    # What is freed goes back at once, so that the peak is of what was in use and not of what the allocator kept
-    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    return float(subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout.split()[-1])
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
 def worker(form: str, folder: str) -> None:
