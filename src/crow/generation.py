@@ -50,6 +50,7 @@ def generate(
     tokens_per_batch = tokens_per_batch or (2048 if model.device.type == "cpu" else 8192)
     encoded = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     answers = [""] * len(prompts)
+    drawn = decoding is not None
     model.eval()
 
     def answer(rows: list[int]) -> None:
@@ -58,8 +59,8 @@ def generate(
         processors = []
         if decoding is not None and decoding.processor is not None:
             processors.append(decoding.processor(batch["attention_mask"]))
-        with torch.inference_mode(), contiguous_lm_head(base_model(model)), torch.random.fork_rng():
-            if decoding is not None:
+        with torch.inference_mode(), contiguous_lm_head(base_model(model)), torch.random.fork_rng(enabled=drawn):
+            if decoding is not None:  # each batch draws alike, whatever was drawn before it
                 torch.manual_seed(decoding.seed + rows[0])
             output = model.generate(**batch, generation_config=config, logits_processor=processors)
         texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)

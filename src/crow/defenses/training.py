@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from crow.data import Example
 from crow.defenses.base import DEFENSES, Defended, Defense
+from crow.errors import UsageError
 from crow.models import OpenedModel
 from crow.purification import purify
 
@@ -17,6 +18,8 @@ class Trained(Defense):
 
     def apply(self, opened: OpenedModel, clean: Sequence[Example], **training: Any) -> Defended:
         """As `Defense.apply`."""
+        if "preset" in training and not isinstance(self, Crow):
+            raise UsageError(f"defense {self.name!r} is a preset itself: leave preset out")
         model, record = purify(opened, clean=clean, **{"preset": self.preset} | training)
         record.defense = self.name
         return model, record
