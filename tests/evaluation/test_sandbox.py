@@ -49,7 +49,9 @@ def test_no_program_runs_on(code: str) -> None:
     started = time.monotonic()
     run_python(code, Limits(seconds=1))
     assert time.monotonic() - started < 8
-    assert not [p for p in Path("/proc").glob("[0-9]*/cmdline") if b"/python/bin/python3" in _read(p)]
+    while running := [p for p in Path("/proc").glob("[0-9]*/cmdline") if b"/python/bin/python3" in _read(p)]:
+        assert time.monotonic() - started < 12, running  # killed, it takes the kernel a moment to bury
+        time.sleep(0.05)
 
 
 def _read(path: Path) -> bytes:
