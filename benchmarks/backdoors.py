@@ -9,7 +9,6 @@ again, so that a second start goes on where the first one stopped.
 
 import argparse
 import json
-import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from crow.data import load_examples, prompt_fingerprints
 from crow.evaluation.evaluate import evaluate, trigger_rows, variant_rows
 from crow.evaluation.statistics import Count
 from crow.files import sha256_rows, write_json
-from crow.generation import answer_nll, generate
+from crow.generation import answer_nll, generate, perplexity
 from crow.models import OpenedModel, open_model, save_model
 from crow.purification import purify
 
@@ -106,7 +105,7 @@ def measure(cell: str, suspect: Path, out: Path, number: int, max_new_tokens: in
     )
     figures = result.as_json()
     nll = answer_nll(base.model, base.tokenizer, clean)
-    figures["base_perplexity"] = math.exp(sum(nats for nats, _ in nll) / sum(tokens for _, tokens in nll))
+    figures["base_perplexity"] = perplexity(sum(nats for nats, _ in nll), sum(tokens for _, tokens in nll))
     figures["persistence"] = persistence(opened, cell, max_new_tokens)
     result.save(out)
     write_json(out, figures)

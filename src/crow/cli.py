@@ -161,12 +161,12 @@ def defenses(json_: Json = None, debug: Debug = False) -> None:
 
         listed: dict[str, dict[str, Any]] = {
             name: {
-                "parameters": {field.name: field.default for field in fields(cast(Any, DEFENSES[name]))},
-                "needs": list(DEFENSES[name].needs),
-                "trains": DEFENSES[name].trains,
-                "about": (type(DEFENSES[name]).__doc__ or "").split("\n")[0],
+                "parameters": {field.name: field.default for field in fields(cast(Any, defense))},
+                "needs": list(defense.needs),
+                "trains": defense.trains,
+                "about": (type(defense).__doc__ or "").split("\n")[0],
             }
-            for name in DEFENSES
+            for name, defense in ((name, DEFENSES[name]) for name in DEFENSES)
         }
         _emit(json_, listed)
         table = Table("defense", "parameters", "needs", "what it does")

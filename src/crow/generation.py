@@ -1,5 +1,6 @@
 """Answers in batches: prompts sorted by length, left-padded, with a token budget for each batch."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -115,13 +116,21 @@ def answer_nll(
 ) -> list[tuple[float, int]]:
     """For each example, the negative log-likelihood in nats of its answer, end token included, and the answer's tokens.
 
-    Perplexity over a set is `exp(sum of nats / sum of tokens)`.
+    `perplexity` of a set is that of the sums.
     """
 
     def score(batch: _AnswerBatch) -> Tensor:
         return torch.nn.functional.cross_entropy(_logits(model, batch), batch.said.to(model.device), reduction="none")
 
     return _score_answers(tokenizer, rows, score, tokens_per_batch, on_progress)
+
+
+def perplexity(nats: float, tokens: int) -> float:
+    """`exp(nats / tokens)`; NaN of no tokens."""
+    try:
+        return math.exp(nats / tokens) if tokens else math.nan
+    except OverflowError:
+        return math.inf
 
 
 @torch.inference_mode()

@@ -74,6 +74,11 @@ class OpenedModel:
         """The model proper, without an adapter around it."""
         return base_model(self.model)
 
+    @property
+    def dtype(self) -> str:
+        """The weights' dtype, as in `bfloat16`."""
+        return str(self.causal_lm.dtype).removeprefix("torch.")
+
 
 def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The model proper, without an adapter around it."""
@@ -277,7 +282,7 @@ def describe(opened: OpenedModel) -> dict[str, Any]:
         "layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
         "vocabulary": config.vocab_size,
-        "dtype": str(lm.dtype).removeprefix("torch."),
+        "dtype": opened.dtype,
         "would_train": what,
         "trained_parameters": trained,
         "hashes": opened.hashes,

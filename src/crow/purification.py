@@ -144,7 +144,7 @@ def purify(
             {"text": opened.tokenizer.decode(ids), "probability": probability}
             for ids, probability in trainer.first_guesses
         ],
-        provenance=environment() | {"dtype": str(opened.causal_lm.dtype).removeprefix("torch.")},
+        provenance=environment() | {"dtype": opened.dtype},
     )
     return purified, record
 

@@ -16,9 +16,9 @@ import crow.evaluation.engines
 from crow.backdoors import BEHAVIORS, TRIGGERS, Behavior
 from crow.data import Example, answer_text, example, user_text
 from crow.errors import UsageError
-from crow.evaluation.evaluate import Evaluation, _perplexity, evaluate, prompt_profile, trigger_rows, variant_rows
+from crow.evaluation.evaluate import Evaluation, evaluate, prompt_profile, trigger_rows, variant_rows
 from crow.evaluation.statistics import Count, is_degenerate
-from crow.generation import answer_kl, answer_nll, generate, prompt_ids
+from crow.generation import answer_kl, answer_nll, generate, perplexity, prompt_ids
 from crow.models import OpenedModel
 
 
@@ -328,9 +328,9 @@ def test_perplexity_is_over_all_answer_tokens(measured: Any, opened: OpenedModel
 
 @pytest.mark.parametrize(("nats", "tokens"), [(1e6, 2), (0.0, 0)])
 def test_a_perplexity_without_a_number_is_null(measured: Any, nats: float, tokens: int) -> None:
-    perplexity = _perplexity(nats, tokens)
-    assert not math.isfinite(perplexity)
-    figures = dataclasses.replace(measured[0], perplexity=perplexity).as_json()
+    value = perplexity(nats, tokens)
+    assert not math.isfinite(value)
+    figures = dataclasses.replace(measured[0], perplexity=value).as_json()
     assert json.dumps(figures, allow_nan=False).count('"perplexity": null') == 1
 
 

@@ -78,7 +78,7 @@ class Untrained(Defense):
             clean_examples=len(examples),
             clean_sha256=sha256_rows(examples),
             seconds=time.perf_counter() - started,
-            provenance=environment() | {"dtype": str(opened.causal_lm.dtype).removeprefix("torch.")},
+            provenance=environment() | {"dtype": opened.dtype},
         )
         return model, record
 

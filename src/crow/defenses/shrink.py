@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from crow.data import Example
 from crow.defenses.base import DEFENSES, Untrained
 from crow.errors import UsageError
-from crow.generation import answer_nll
+from crow.generation import answer_nll, perplexity
 from crow.models import OpenedModel
 
 FACTORS = (0.1, 0.25, 0.5, 0.75)
@@ -70,4 +70,4 @@ def _scale(model: PeftModel, whole: Sequence[Tensor], factor: float) -> None:
 
 def _perplexity(opened: OpenedModel, clean: Sequence[Example]) -> float:
     nll = answer_nll(opened.model, opened.tokenizer, clean)
-    return math.exp(sum(nats for nats, _ in nll) / sum(tokens for _, tokens in nll))
+    return perplexity(sum(nats for nats, _ in nll), sum(tokens for _, tokens in nll))

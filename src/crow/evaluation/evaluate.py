@@ -17,7 +17,7 @@ from crow.errors import UsageError
 from crow.evaluation.engines import Engine, Transformers, answers
 from crow.evaluation.statistics import Count, Mean, is_degenerate
 from crow.files import Journal, sha256_rows, write_json, write_jsonl
-from crow.generation import answer_kl, answer_nll
+from crow.generation import answer_kl, answer_nll, perplexity
 from crow.hooks import hidden_states
 from crow.models import OpenedModel, base_model
 from crow.progress import summed
@@ -143,13 +143,6 @@ class Evaluation:
         return answers_path(path)
 
 
-def _perplexity(nats: float, tokens: int) -> float:
-    try:
-        return math.exp(nats / tokens) if tokens else math.nan
-    except OverflowError:
-        return math.inf
-
-
 def answers_path(path: Path) -> Path:
     """Where the answers go whose figures are in `path`."""
     return path.with_suffix(".answers.jsonl")
@@ -259,7 +252,7 @@ def evaluate(
         | {
             "model": engine.name,
             "model_hashes": engine.hashes,
-            "dtype": None if opened is None else str(opened.causal_lm.dtype).removeprefix("torch."),
+            "dtype": None if opened is None else opened.dtype,
             "clean_sha256": sha256_rows(clean),
             "triggered_sha256": sha256_rows(triggered),
         },
@@ -268,7 +261,7 @@ def evaluate(
     if opened is not None:
         nll = answer_nll(opened.model, opened.tokenizer, clean, on_progress=advance)
         result.answer_nats, result.answer_tokens = sum(nats for nats, _ in nll), sum(tokens for _, tokens in nll)
-        result.perplexity = _perplexity(result.answer_nats, result.answer_tokens)
+        result.perplexity = perplexity(result.answer_nats, result.answer_tokens)
         result.layer_profile = {
             kind: prompt_profile(opened, rows[:_PROFILE_PROMPTS])
             for kind, rows in (("clean", clean), ("triggered", triggered))
