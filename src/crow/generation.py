@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from crow.decoding import Decoding
 from crow.divergence import answer_positions
 from crow.hooks import contiguous_lm_head, lm_head_at
 from crow.models import base_model
+from crow.prefix import SharedPrefix
 
 
 def generate(
@@ -53,17 +53,26 @@ def generate(
     answers = [""] * len(prompts)
     drawn = decoding is not None
     model.eval()
+    prefix = SharedPrefix(model, encoded)
 
     def answer(rows: list[int]) -> None:
-        batch = tokenizer.pad({"input_ids": [encoded[i] for i in rows]}, padding_side="left", return_tensors="pt")
-        batch = batch.to(model.device)
+        rest = [encoded[i][len(prefix.ids) :] for i in rows]
+        batch = tokenizer.pad({"input_ids": rest}, padding_side="left", return_tensors="pt").to(model.device)
+        before = batch["input_ids"].new_tensor(prefix.ids).expand(len(rows), -1)
+        batch["input_ids"] = torch.cat([before, batch["input_ids"]], dim=1)
+        batch["attention_mask"] = torch.cat([torch.ones_like(before), batch["attention_mask"]], dim=1)
         processors = []
         if decoding is not None and decoding.processor is not None:
             processors.append(decoding.processor(batch["attention_mask"]))
         with torch.inference_mode(), contiguous_lm_head(base_model(model)), torch.random.fork_rng(enabled=drawn):
             if decoding is not None:  # each batch draws alike, whatever was drawn before it
                 torch.manual_seed(decoding.seed + rows[0])
-            output = model.generate(**batch, generation_config=config, logits_processor=processors)
+            output = model.generate(
+                **batch,
+                generation_config=config,
+                logits_processor=processors,
+                past_key_values=prefix.cache(len(rows)),
+            )
         texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         for i, text in zip(rows, texts, strict=True):
             answers[i] = text.strip()
@@ -119,10 +128,10 @@ def answer_nll(
     `perplexity` of a set is that of the sums.
     """
 
-    def score(batch: _AnswerBatch) -> Tensor:
-        return torch.nn.functional.cross_entropy(_logits(model, batch), batch.said.to(model.device), reduction="none")
+    def score(said: Tensor, logits: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(logits, said.to(logits.device), reduction="none")
 
-    return _score_answers(tokenizer, rows, score, tokens_per_batch, on_progress)
+    return _score_answers([model], tokenizer, rows, score, tokens_per_batch, on_progress)
 
 
 def perplexity(nats: float, tokens: int) -> float:
@@ -148,40 +157,27 @@ def answer_kl(
     The two models must have one vocabulary.
     """
 
-    def score(batch: _AnswerBatch) -> Tensor:
-        p, q = (_logits(each, batch).log_softmax(dim=-1) for each in (reference, model))
+    def score(said: Tensor, of_reference: Tensor, of_model: Tensor) -> Tensor:
+        p, q = of_reference.log_softmax(dim=-1), of_model.log_softmax(dim=-1)
         return (p.exp() * (p - q.to(p.device))).sum(dim=-1)
 
-    return _score_answers(tokenizer, rows, score, tokens_per_batch, on_progress)
-
-
-@dataclass
-class _AnswerBatch:
-    """Prompts with their answers, right-padded: ids, attention mask and answer positions, `(B, T)`."""
-
-    ids: Tensor
-    mask: Tensor
-    answers: Tensor
-    said: Tensor
-    """The answers' tokens, `(number of answer positions,)`."""
-
-
-def _logits(model: PreTrainedModel | PeftModel, batch: _AnswerBatch) -> Tensor:
-    with lm_head_at(base_model(model), batch.answers):
-        output = model(
-            input_ids=batch.ids.to(model.device), attention_mask=batch.mask.to(model.device), use_cache=False
-        )
-    return output.logits.float()
+    return _score_answers([reference, model], tokenizer, rows, score, tokens_per_batch, on_progress)
 
 
 def _score_answers(
+    models: Sequence[PreTrainedModel | PeftModel],
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Example],
-    score: Callable[[_AnswerBatch], Tensor],
+    score: Callable[..., Tensor],
     tokens_per_batch: int,
     on_progress: Callable[[int], None] | None,
 ) -> list[tuple[float, int]]:
-    """Sum, for each example, a score of each of its answer's tokens, and count these."""
+    """Sum, for each example, a score of each of its answer's tokens, and count these.
+
+    Args:
+        score: Takes the answers' tokens, `(tokens,)`, and each model's logits for them, `(tokens, vocabulary)`, in
+            float32; gives `(tokens,)`.
+    """
     encoded = []
     for row in rows:
         start = prompt_ids(tokenizer, row["prompt"])
@@ -190,6 +186,7 @@ def _score_answers(
             whole.pop()  # templates put a line break after the end token, which no one waits for
         encoded.append((whole, len(start)))
     results: list[tuple[float, int]] = [(0.0, 0)] * len(rows)
+    prefixes = [SharedPrefix(model, [ids[:start] for ids, start in encoded]) for model in models]
 
     def score_batch(batch_rows: list[int]) -> None:
         longest = max(len(encoded[i][0]) for i in batch_rows)
@@ -201,7 +198,18 @@ def _score_answers(
             mask[place, : len(tokens)] = 1
             labels[place, answer : len(tokens)] = torch.tensor(tokens[answer:])
         answers = answer_positions(labels)
-        scores = score(_AnswerBatch(ids, mask, answers, labels[:, 1:][answers[:, :-1]])).cpu()
+        logits = []
+        for model, prefix in zip(models, prefixes, strict=True):
+            known = len(prefix.ids)
+            with lm_head_at(base_model(model), answers[:, known:]):
+                output = model(
+                    input_ids=ids[:, known:].to(model.device),
+                    attention_mask=mask.to(model.device),
+                    past_key_values=prefix.cache(len(ids)),
+                    use_cache=bool(known),
+                )
+            logits.append(output.logits.float())
+        scores = score(labels[:, 1:][answers[:, :-1]], *logits).cpu()
         for i, of_row in zip(batch_rows, scores.split(answers.sum(dim=1).tolist()), strict=True):
             results[i] = (of_row.sum().item(), len(of_row))
         if on_progress is not None:

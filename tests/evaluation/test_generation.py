@@ -88,10 +88,11 @@ def test_other_errors_and_a_single_row_too_many_are_raised(opened: OpenedModel, 
 def test_no_projection_to_the_vocabulary_copies_its_weight(opened: OpenedModel, rows: list[Example]) -> None:
     seen: list[tuple[bool, int]] = []
     head = opened.model.get_output_embeddings()
-    head.register_forward_hook(lambda module, args, out: seen.append((args[0].is_contiguous(), args[0].shape[1])))
+    head.register_forward_hook(lambda module, args, out: seen.append((args[0].is_contiguous(), out[..., 0].numel())))
     generate(opened.model, opened.tokenizer, [row["prompt"] for row in rows[:4]], max_new_tokens=3)
-    assert seen == [(True, 1)] * len(seen)
-    assert seen
+    nothing, *answered = seen
+    assert nothing == (True, 0)  # of what the prompts share
+    assert answered == [(True, 4)] * 3
     assert not head._forward_pre_hooks
 
 
