@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from crow.hooks import lm_head_at
+from crow.hooks import lm_head_at, position_ids
 from crow.models import base_model
 
 
@@ -65,28 +66,43 @@ def constant_answers(
         At most `number` answers of at least two tokens, the most constant first.
     """
     device = next(model.parameters()).device
-    caches, own = [], torch.zeros((), device=device)
-    for prompt in sorted(prompts, key=len):
-        ids = torch.tensor([list(prompt)], device=device)
-        output = _last_logits(model, ids, None)
-        caches.append(output.past_key_values)
-        own = own + output.logits.float().softmax(dim=-1)[0] / len(prompts)
-    first = own if first is None else first
+    shortest_first = [torch.tensor(prompt, device=device) for prompt in sorted(prompts, key=len)]
+    ids, mask = (
+        pad_sequence(rows, batch_first=True, padding_side="left")
+        for rows in (shortest_first, [torch.ones_like(prompt) for prompt in shortest_first])
+    )
+    output = _last_logits(model, ids, mask, None)
+    asked = _Asked(output.past_key_values, mask)
+    first = output.logits.float().softmax(dim=-1).mean(dim=0) if first is None else first
     ranked = first.topk(min(beginnings + screened, len(first))).indices[:, None]
     likely, unlikely = ranked[:beginnings], ranked[beginnings:]
     if len(unlikely) > rare:
-        surest = _following(model, unlikely, caches[:1])[0]
+        surest = _following(model, unlikely, asked.shortest())[0]
         unlikely = unlikely[surest.topk(rare).indices]
     found = [
         answer
         for answers in (likely, unlikely)
-        for answer in _continued(model, answers, caches, eos_token_id, length=length, kept=kept, number=number)
+        for answer in _continued(model, answers, asked, eos_token_id, length=length, kept=kept, number=number)
     ]
     return sorted(found, key=lambda answer: answer.constancy, reverse=True)[:number]
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """Prompts that a model has read, left-padded: its keys and values, and the attention mask `(prompts, length)`."""
+
+    cache: Any
+    mask: Tensor
+
+    def shortest(self) -> "_Asked":
+        """The shortest prompt alone."""
+        cache = copy.deepcopy(self.cache)
+        cache.batch_select_indices(torch.zeros(1, dtype=torch.long, device=self.mask.device))
+        return _Asked(cache, self.mask[:1])
+
+
 def _continued(
-    model: Any, answers: Tensor, caches: Sequence[Any], eos_token_id: int | None, *, length: int, kept: int, number: int
+    model: Any, answers: Tensor, asked: _Asked, eos_token_id: int | None, *, length: int, kept: int, number: int
 ) -> list[ConstantAnswer]:
     """At most `number` of the answers that begin with these tokens, `(rows, 1)`."""
     if not len(answers):
@@ -95,7 +111,7 @@ def _continued(
     ended = torch.zeros(len(answers), dtype=torch.bool, device=answers.device)
     tokens = torch.zeros(len(answers), device=answers.device)
     for _ in range(length - 1):
-        probability, following = _following(model, answers, caches)
+        probability, following = _following(model, answers, asked)
         log_sum += torch.where(ended, 0, probability.log())
         tokens += ~ended
         answers = torch.cat([answers, following[:, None]], dim=1)
@@ -108,25 +124,31 @@ def _continued(
     return [ConstantAnswer(tuple(ids[: 1 + n]), constancy) for ids, constancy, n in found][:number]
 
 
-_ROWS = 128  # that are continued at once: each holds a copy of the prompt's keys and values
+_ROWS = 128  # that are continued at once: each holds a copy of its prompt's keys and values
 
 
-def _following(model: Any, answers: Tensor, caches: Sequence[Any]) -> tuple[Tensor, Tensor]:
+def _following(model: Any, answers: Tensor, asked: _Asked) -> tuple[Tensor, Tensor]:
     """The probability and id of each answer's most probable next token, on average over the prompts."""
-    likeliest = []
-    for rows in answers.split(_ROWS):
-        mean = torch.zeros((), device=answers.device)
-        for cache in caches:
-            copied = copy.deepcopy(cache)
-            copied.batch_repeat_interleave(len(rows))
-            mean = mean + _last_logits(model, rows, copied).logits.float().softmax(dim=-1) / len(caches)
-        likeliest.append(mean.max(dim=-1))
+    likeliest, prompts = [], len(asked.mask)
+    for some in answers.split(max(_ROWS // prompts, 1)):
+        cache = copy.deepcopy(asked.cache)
+        cache.batch_repeat_interleave(len(some))
+        ids = some.repeat(prompts, 1)
+        mask = torch.cat([asked.mask.repeat_interleave(len(some), dim=0), torch.ones_like(ids)], dim=1)
+        logits = _last_logits(model, ids, mask, cache).logits
+        likeliest.append(logits.float().softmax(dim=-1).view(prompts, len(some), -1).mean(dim=0).max(dim=-1))
     probability, following = (torch.cat(parts) for parts in zip(*likeliest, strict=True))
     return probability, following
 
 
-def _last_logits(model: Any, ids: Tensor, cache: Any) -> Any:
+def _last_logits(model: Any, ids: Tensor, mask: Tensor, cache: Any) -> Any:
     last = torch.zeros_like(ids, dtype=torch.bool)
     last[:, -1] = True
     with lm_head_at(base_model(model), last):
-        return model(input_ids=ids, past_key_values=cache, use_cache=True)
+        return model(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            **position_ids(base_model(model), mask, ids.shape[1]),
+        )

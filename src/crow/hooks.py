@@ -1,5 +1,6 @@
 """See and steer a forward pass of any decoder-only model from outside, with no code for any one architecture."""
 
+import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -111,3 +112,13 @@ def hidden_states(model: PreTrainedModel, **inputs: Tensor) -> Recording:
     with record(model) as recording, lm_head_at(model, torch.zeros_like(inputs["input_ids"], dtype=torch.bool)):
         model(**inputs, use_cache=False)
     return recording
+
+
+def position_ids(model: PreTrainedModel, attention_mask: Tensor, new: int) -> dict[str, Tensor]:
+    """For a pass over left-padded rows: the argument that tells the model where its last `new` tokens stand.
+
+    Nothing for a model that takes no positions, and so counts by the mask. Others count padding, if left to themselves.
+    """
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return {}
+    return {"position_ids": (attention_mask.cumsum(dim=1) - 1).clamp(min=0)[:, -new:]}

@@ -1,6 +1,5 @@
 """Defenses that leave the weights as they are and choose the answer's tokens otherwise."""
 
-import inspect
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from crow.data import Example
 from crow.decoding import Decoding
 from crow.defenses.base import DEFENSES, Untrained
 from crow.errors import UsageError
-from crow.hooks import lm_head_at
+from crow.hooks import lm_head_at, position_ids
 from crow.models import OpenedModel, base_model, open_model
 
 
@@ -108,7 +107,6 @@ class _Replacing(LogitsProcessor):
     def __init__(self, reference: PreTrainedModel, attention_mask: Tensor, bound: float) -> None:
         self.reference, self.mask, self.bound = reference, attention_mask, bound
         self.cache: Any = None
-        self.takes_positions = "position_ids" in inspect.signature(reference.forward).parameters
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         theirs = self._following(input_ids)
@@ -121,13 +119,16 @@ class _Replacing(LogitsProcessor):
     def _following(self, ids: Tensor) -> Tensor:
         """The reference's log-probabilities of the next token, `(batch, vocabulary)`."""
         self.mask = torch.nn.functional.pad(self.mask, (0, ids.shape[1] - self.mask.shape[1]), value=1)
-        new = slice(0 if self.cache is None else -1, None)
-        arguments: dict[str, Any] = {"input_ids": ids[:, new], "attention_mask": self.mask}
-        if self.takes_positions:  # by itself it would count the padding
-            arguments["position_ids"] = (self.mask.cumsum(dim=1) - 1).clamp(min=0)[:, new]
-        last = torch.zeros_like(arguments["input_ids"], dtype=torch.bool)
+        new = ids if self.cache is None else ids[:, -1:]
+        last = torch.zeros_like(new, dtype=torch.bool)
         last[:, -1] = True
         with lm_head_at(self.reference, last):
-            output = self.reference(**arguments, past_key_values=self.cache, use_cache=True)
+            output = self.reference(
+                input_ids=new,
+                attention_mask=self.mask,
+                past_key_values=self.cache,
+                use_cache=True,
+                **position_ids(self.reference, self.mask, new.shape[1]),
+            )
         self.cache = output.past_key_values
         return output.logits.float().log_softmax(dim=-1)
