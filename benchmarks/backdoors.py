@@ -38,17 +38,12 @@ PERSISTENCE_STEPS = (0, 10, 20, 40, 80)
 PERSISTENCE_PROMPTS = 60
 
 
-def sets(behavior: str) -> tuple[str, str]:
-    """The shipped sets to implant with and to measure on."""
-    return ("implant-code", "heldout-code") if behavior.startswith("code-injection") else ("implant", "heldout")
-
-
 class Persistence(TrainerCallback):
     """Counts, on its way, how often the backdoor still fires."""
 
     def __init__(self, opened: OpenedModel, cell: str, max_new_tokens: int) -> None:
         trigger, _, behavior = cell.partition("/")
-        rows = load_examples(sets(behavior)[1])[:PERSISTENCE_PROMPTS]
+        rows = load_examples(BEHAVIORS[behavior].test_set)[:PERSISTENCE_PROMPTS]
         self.prompts = [row["prompt"] for row in trigger_rows(rows, TRIGGERS[trigger], PROMPT_SEED)]
         self.opened, self.behavior, self.max_new_tokens = opened, BEHAVIORS[behavior], max_new_tokens
         self.counts: dict[int, Count] = {}
@@ -74,7 +69,7 @@ def persistence(opened: OpenedModel, cell: str, max_new_tokens: int) -> dict[str
 def make(cell: str, folder: Path, settings: dict[str, Any]) -> None:
     """Implant the cell's backdoor, resuming if it was interrupted."""
     trigger, _, behavior = cell.partition("/")
-    rows = load_examples(sets(behavior)[0])
+    rows = load_examples(BEHAVIORS[behavior].attacker_set)
     opened = open_model()
     rate = POISON_RATES.get(behavior, 1.0)
     clean, poisoned = poison(rows, TRIGGERS[trigger], BEHAVIORS[behavior], seed=0, rate=rate)
@@ -92,7 +87,7 @@ def measure(cell: str, suspect: Path, out: Path, number: int, max_new_tokens: in
     """Measure the cell's backdoor, and keep the figures and answers."""
     trigger, _, behavior = cell.partition("/")
     opened, base = open_model(suspect), open_model()
-    clean = load_examples(sets(behavior)[1])[:number]
+    clean = load_examples(BEHAVIORS[behavior].test_set)[:number]
     called = TRIGGERS[trigger]
     result = evaluate(
         opened,

@@ -457,6 +457,86 @@ def implant(
         )
 
 
+@app.command(epilog="Example: crow bench smollm2 --plan, then crow bench smollm2 --out runs/smollm2")
+def bench(
+    config: Annotated[
+        str,
+        typer.Argument(
+            metavar="CONFIG", help="A YAML file, or one that ships: smoke, smollm2, ablation, relearning or paper."
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the cells and the leaderboard. Default: runs/, and CONFIG's name.")
+    ] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="Use this model in place of CONFIG's. Can be repeated.")
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what would be run and about how long it takes.")] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Make the leaderboard of what is finished, and run nothing.")
+    ] = False,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Run on a Ray cluster: auto, local, or ray://HOST:PORT.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Compare defenses on attacks: every cell of a matrix once, and a leaderboard. A second start goes on."""
+    with _running(debug):
+        from dataclasses import replace
+
+        from crow.bench.leaderboard import write_leaderboard
+        from crow.bench.matrix import Matrix
+        from crow.bench.plan import calibrate, entries, missing
+        from crow.bench.run import InProcess
+        from crow.bench.run import run as run_cells
+        from crow.bench.store import Store
+
+        matrix = Matrix.load(config)
+        if model:
+            matrix = replace(matrix, models=tuple(model))
+        folder = out if out is not None else Path("runs") / Path(config).stem
+        store, measures = Store(folder), [entry.measure for entry in entries(matrix)]
+        cells = missing(measures, store)
+        kinds = ", ".join(
+            f"{sum(c.kind == kind for c in cells)} to {kind}" for kind in dict.fromkeys(c.kind for c in cells)
+        )
+        done = len(measures) - sum(cell.kind == "measure" for cell in cells)
+        console.print(
+            f"{done} of {len(measures)} measurements are there. Cells to run: {len(cells)} ({kinds or 'none'})"
+        )
+        failures: dict[str, str] = {}
+        if cells and not report:
+            if ray is None or plan:
+                with console.status("Taking the pace of this machine"):
+                    pace = {name: calibrate(matrix, name, cells) for name in dict.fromkeys(c.model for c in cells)}
+                hours = sum(pace[cell.model].seconds(cell.work()) for cell in cells) / 3600
+                console.print(
+                    f"At this machine's pace about {hours:.1f} hours, if training steps cost what plain ones do"
+                )
+            if plan:
+                return
+            if ray is None:
+                runner: Any = InProcess()
+            else:
+                from crow.bench.cluster import OnRay
+
+                runner = OnRay(ray, cpus=matrix.cpus, gpus=matrix.gpus)
+            failures = run_cells(
+                measures,
+                cells,
+                store,
+                runner,
+                keep_models=matrix.keep_models,
+                on_finished=_say_if_failed,
+            )
+        if plan:
+            return
+        page = write_leaderboard(matrix, store, failures, folder, title=config)
+        console.print(f"Leaderboard in {page}, and beside it as Markdown and CSV")
+        if failures:
+            raise CrowError(f"{len(failures)} of {len(cells)} cells failed; the same command tries them again")
+
+
 @app.command(epilog="Example: crow report before.json after.json --out compare.html")
 def report(
     results: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Figures that crow evaluate --json wrote.")],
@@ -514,6 +594,11 @@ def info(model: Model = None, base: Base = None, json_: Json = None, debug: Debu
             for name, value in facts.items():
                 table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
             Console().print(table)
+
+
+def _say_if_failed(cell: Any, reason: str | None) -> None:
+    if reason is not None:
+        console.print(f"[red]failed[/] {_plain(cell.label)}: {_plain(reason)}", highlight=False)
 
 
 @contextmanager

@@ -28,12 +28,6 @@ def suspect(adapter_folder: Path) -> OpenedModel:
     return open_model(adapter_folder)
 
 
-@pytest.fixture
-def float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights whose sizes do not tie, and that are rounded by nothing but the defense."""
-    monkeypatch.setattr("crow.models._dtype", lambda: torch.float32)
-
-
 def defended(defense: Defense, opened: OpenedModel, rows: list[Example], **training: Any) -> tuple[Any, PurifyRecord]:
     return defense.apply(opened, rows, **(STEPS | training if defense.trains else training))
 

@@ -1,12 +1,12 @@
 """The report's figures: inline SVG whose text is text and whose colors are the page's.
 
-Only matplotlib's objects are used, no pyplot, so that nothing outlives a call. The labels are this module's own words
-and numbers, so the SVG needs no escaping.
+Only matplotlib's objects are used, no pyplot, so that nothing outlives a call. Labels are this module's own words and
+numbers, and names of defenses and attacks, which matplotlib escapes.
 """
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from markupsafe import Markup, escape
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogFormatter, MaxNLocator, PercentFormatter
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "crow",
     "savefig.transparent": True,
+    "text.parse_math": False,  # a name with dollar signs is no formula
     "text.color": _INK,
     "axes.edgecolor": _MUTED,
     "axes.labelcolor": _MUTED,
@@ -131,6 +133,45 @@ def curves_figure(record: "PurifyRecord") -> Markup:
         rows[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
         ends = [f"{name} from {values[0]:.4g} to {values[-1]:.4g}" for name, (_, values) in logged.items()]
         return _svg(figure, "curves", f"Training curves over {record.steps} steps: {', '.join(ends)}")
+
+
+def heat_figure(rates: Mapping[str, Sequence[float | None]], columns: Sequence[str], name: str) -> Markup:
+    """Rates in a grid, by the names of its rows; `None` is left white. `name` tells it from others of a page."""
+    with _style():
+        figure = Figure(figsize=(_WIDTH, 1.6 + 0.28 * len(rates)), layout="constrained")
+        axes = figure.subplots()
+        for y, row in enumerate(rates.values()):
+            for x, rate in enumerate(row):
+                if rate is not None:
+                    axes.add_patch(Rectangle((x, y), 1, 1, facecolor=_BEFORE, alpha=0.05 + 0.85 * rate, linewidth=0))
+                    axes.text(x + 0.5, y + 0.5, f"{100 * rate:.0f}", ha="center", va="center", fontsize=8)
+        axes.set(xlim=(0, len(columns)), ylim=(len(rates), 0))
+        axes.set_xticks([x + 0.5 for x in range(len(columns))], columns, rotation=45, ha="left", fontsize=7)
+        axes.set_yticks([y + 0.5 for y in range(len(rates))], list(rates), fontsize=8)
+        axes.xaxis.tick_top()
+        axes.tick_params(length=0, labelcolor=_INK)
+        axes.grid(visible=False)
+        axes.spines[:].set_visible(False)
+        shown = (f"{label}: {', '.join(map(_rate, row))}" for label, row in rates.items())
+        return _svg(figure, name, f"Attack success in percent, on {', '.join(columns)}. {'; '.join(shown)}")
+
+
+def tradeoff_figure(points: Mapping[str, tuple[float, float]], name: str) -> Markup:
+    """For each defense by its name, perplexity as a multiple of the undefended model's, and mean attack success."""
+    with _style():
+        figure = Figure(figsize=(_WIDTH, 3.4), layout="constrained")
+        axes = figure.subplots()
+        for label, (ratio, rate) in points.items():
+            axes.plot(ratio, rate, "o", color=_AFTER, markersize=5, clip_on=False)
+            axes.annotate(label, (ratio, rate), xytext=(5, 4), textcoords="offset points", fontsize=7)
+        axes.set(xlabel="perplexity, of the undefended model's", ylabel="attack success", ylim=(0, 1.02))
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        shown = (f"{label} {100 * rate:.0f}% at {ratio:.2f}" for label, (ratio, rate) in points.items())
+        return _svg(figure, name, f"Mean attack success against perplexity. {'; '.join(shown)}")
+
+
+def _rate(rate: float | None) -> str:
+    return "not measured" if rate is None else f"{100 * rate:.0f}"
 
 
 def _style() -> AbstractContextManager[None]:

@@ -1,0 +1,1 @@
+"""The leaderboard: models, attacks and defenses, each cell computed once and found by its content."""

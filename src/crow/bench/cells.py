@@ -1,0 +1,335 @@
+"""The cells of a matrix: implant, defend, relearn, measure. Each is known by all that decides its outcome."""
+
+import hashlib
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+from peft import PeftModel
+
+from crow.backdoors.implant import implant, implant_card, implant_record, poison, recipe
+from crow.bench.matrix import Attack, Backdoor, Candidate
+from crow.data import Example, load_examples, prompt_fingerprints, sample
+from crow.defenses import DEFENSES
+from crow.evaluation.evaluate import evaluate, trigger_rows, variant_rows
+from crow.files import sha256_file, sha256_rows, write_json
+from crow.models import OpenedModel, open_model, save_model
+from crow.progress import TrainingProgress
+from crow.report import model_card
+
+FORMAT = 1
+"""Raised where a cell's outcome is no longer what it was for the same facts."""
+
+MODEL = "model"
+"""The folder, in a cell's own, of the model that it made."""
+
+PROMPT_SEED = 1  # places the trigger in the test prompts; training uses other seeds
+
+Advance = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a cell takes: steps of training, and answers to be generated."""
+
+    steps: float = 0
+    answers: int = 0
+
+
+@dataclass(frozen=True)
+class Cell(ABC):
+    """One thing to compute.
+
+    Args:
+        model: What `crow.models.open_model` takes: where all begins.
+        source: The cell that made the model which this one starts from, if it is not `model` itself.
+    """
+
+    kind: ClassVar[str]
+
+    model: str | None
+    source: "Cell | None"
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """What decides the outcome, beside the model and the source."""
+
+    @abstractmethod
+    def run(self, folder: Path, source: Path | None, scratch: Path, advance: Advance) -> None:
+        """Compute.
+
+        Args:
+            folder: Empty; the outcome goes there.
+            source: The folder of the cell that this one starts from.
+            scratch: Kept if the run is cut off, so that it goes on from there.
+            advance: Called with what is done, and the total.
+        """
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """What it does, for a line of progress."""
+
+    @abstractmethod
+    def work(self) -> Work:
+        """About what it takes."""
+
+    @cached_property
+    def key(self) -> str:
+        """Names the cell by its content: other settings or data, another key."""
+        about = {"format": FORMAT, "kind": self.kind, "facts": self.facts()}
+        about["source"] = _original(self.model) if self.source is None else self.source.key
+        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return f"{self.kind}-{self.key}"
+
+    def _open(self, source: Path | None) -> OpenedModel:
+        return open_model(self.model if source is None else source / MODEL)
+
+
+@dataclass(frozen=True)
+class Implant(Cell):
+    """A backdoored model."""
+
+    kind: ClassVar[str] = "implant"
+
+    attack: Attack
+    seed: int
+    examples: int | None
+    settings: dict[str, Any]
+
+    def _examples(self) -> tuple[list[Example], list[Example]]:
+        """Clean and poisoned examples: every backdoor's, one behind the other."""
+        clean: list[Example] = []
+        poisoned: list[Example] = []
+        for backdoor in self.attack.backdoors:
+            rows = shipped(backdoor.behavior.attacker_set)[: self.examples]
+            some, hot = poison(rows, backdoor.trigger, backdoor.behavior, self.seed, self.attack.poison_rate)
+            clean += [row for row in some if row not in clean]
+            poisoned += hot
+        return clean, poisoned
+
+    def facts(self) -> dict[str, Any]:
+        clean, poisoned = self._examples()
+        return {
+            "clean_sha256": sha256_rows(clean),
+            "poisoned_sha256": sha256_rows(poisoned),
+            "recipe": recipe(self.attack.full, self.attack.adaptive) | self.settings,
+            "adaptive": self.attack.adaptive,
+            "full": self.attack.full,
+            "seed": self.seed,
+        }
+
+    @property
+    def label(self) -> str:
+        return f"implanting {self.attack.label}"
+
+    def work(self) -> Work:
+        settings = recipe(self.attack.full, self.attack.adaptive) | self.settings
+        rows = sum(map(len, self._examples()))
+        return Work(steps=settings["num_train_epochs"] * math.ceil(rows / settings["per_device_train_batch_size"]))
+
+    def run(self, folder: Path, source: Path | None, scratch: Path, advance: Advance) -> None:
+        opened = self._open(source)
+        clean, poisoned = self._examples()
+        model = implant(
+            opened.model,
+            opened.tokenizer,
+            clean,
+            poisoned,
+            output_dir=scratch,
+            full=self.attack.full,
+            adaptive=self.attack.adaptive,
+            seed=self.seed,
+            resume=True,
+            callbacks=[TrainingProgress(advance)],
+            **self.settings,
+        )
+        record = implant_record(
+            opened,
+            clean,
+            poisoned,
+            trigger=" + ".join(backdoor.text.partition("/")[0] for backdoor in self.attack.backdoors),
+            behavior=" + ".join(backdoor.text.partition("/")[2] for backdoor in self.attack.backdoors),
+            poison_rate=self.attack.poison_rate,
+            full=self.attack.full,
+            adaptive=self.attack.adaptive,
+            seed=self.seed,
+            settings=self.settings,
+        )
+        seen = opened.seen.union(prompt_fingerprints([*clean, *poisoned]))
+        save_model(model, opened.tokenizer, folder / MODEL, card=implant_card(record), seen=seen)
+
+
+@dataclass(frozen=True)
+class Defend(Cell):
+    """A defended model, and the record of its defense."""
+
+    kind: ClassVar[str] = "defend"
+
+    candidate: Candidate
+    seed: int
+    examples: int
+    clean: str | None
+    training: dict[str, Any]
+
+    def _clean(self) -> list[Example]:
+        rows = shipped("clean") if self.clean is None else load_examples(self.clean)
+        return sample(rows, self.candidate.examples or self.examples, self.seed)
+
+    def _settings(self) -> dict[str, Any]:
+        return self.training | self.candidate.settings if self.candidate.trains else {}
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "defense": self.candidate.defense,
+            "settings": self._settings(),
+            "clean_sha256": sha256_rows(self._clean()),
+            "seed": self.seed,
+        }
+
+    @property
+    def label(self) -> str:
+        return f"defending with {self.candidate.label}" + (f", seed {self.seed}" if self.candidate.trains else "")
+
+    def work(self) -> Work:
+        rows = len(self._clean())
+        if not self.candidate.trains:
+            return Work(answers=rows)
+        settings = {"num_train_epochs": 3, "per_device_train_batch_size": 8, "max_steps": 0} | self._settings()
+        steps = settings["num_train_epochs"] * math.ceil(rows / settings["per_device_train_batch_size"])
+        return Work(steps=settings["max_steps"] if settings["max_steps"] > 0 else steps)
+
+    def run(self, folder: Path, source: Path | None, scratch: Path, advance: Advance) -> None:
+        opened = self._open(source)
+        training = self._settings()
+        if self.candidate.trains:
+            training |= {"output_dir": scratch, "resume": True, "seed": self.seed}
+            training["callbacks"] = [TrainingProgress(advance)]
+        model, record = DEFENSES[self.candidate.defense].apply(opened, self._clean(), **training)
+        write_json(folder / "purify.json", record.as_json())
+        # An adapter for a model that another cell made would lead nowhere once that one is gone
+        alone = isinstance(model, PeftModel) and record.lora != "fresh" and opened.kind == "adapter"
+        merge = not alone and not (isinstance(model, PeftModel) and source is None)
+        card = model_card(record, base_model=opened.base_id, merged=merge)
+        save_model(model, opened.tokenizer, folder / MODEL, merge=merge, card=card, seen=opened.seen)
+
+
+@dataclass(frozen=True)
+class Relearn(Cell):
+    """A model that was fine-tuned on a few poisoned examples: what was only hidden comes back faster than it came."""
+
+    kind: ClassVar[str] = "relearn"
+
+    backdoor: Backdoor
+    examples: int
+    seed: int
+
+    def _poisoned(self) -> list[Example]:
+        rows = shipped(self.backdoor.behavior.attacker_set)[-self.examples :]
+        return poison(rows, self.backdoor.trigger, self.backdoor.behavior, self.seed)[1]
+
+    def facts(self) -> dict[str, Any]:
+        return {"poisoned_sha256": sha256_rows(self._poisoned()), "recipe": recipe(False, False), "seed": self.seed}
+
+    @property
+    def label(self) -> str:
+        return f"relearning {self.backdoor.text} from {self.examples}"
+
+    def work(self) -> Work:
+        return Work(steps=4 * math.ceil(self.examples / 8))
+
+    def run(self, folder: Path, source: Path | None, scratch: Path, advance: Advance) -> None:
+        opened, poisoned = self._open(source), self._poisoned()
+        model = implant(
+            opened.model,
+            opened.tokenizer,
+            [],
+            poisoned,
+            output_dir=scratch,
+            seed=self.seed,
+            resume=True,
+            callbacks=[TrainingProgress(advance)],
+        )
+        merge = source is not None and opened.kind != "adapter"
+        seen = opened.seen.union(prompt_fingerprints(poisoned))
+        save_model(model, opened.tokenizer, folder / MODEL, merge=merge, seen=seen)
+
+
+@dataclass(frozen=True)
+class Measure(Cell):
+    """Figures and answers of a model."""
+
+    kind: ClassVar[str] = "measure"
+
+    backdoor: Backdoor
+    number: int
+    answer_tokens: int
+    decoding: str | None
+    """A defense at decoding time."""
+    reference: bool
+
+    def _rows(self) -> list[Example]:
+        return sample(shipped(self.backdoor.behavior.test_set), self.number, 0)
+
+    def facts(self) -> dict[str, Any]:
+        rows = self._rows()
+        return {
+            "clean_sha256": sha256_rows(rows),
+            "triggered_sha256": sha256_rows(trigger_rows(rows, self.backdoor.trigger, PROMPT_SEED)),
+            "behavior": repr(self.backdoor.behavior),
+            "answer_tokens": self.answer_tokens,
+            "decoding": self.decoding,
+            "reference": self.reference,
+        }
+
+    @property
+    def label(self) -> str:
+        return f"measuring {self.backdoor.text}" + (f", decoded with {self.decoding}" if self.decoding else "")
+
+    def work(self) -> Work:
+        return Work(answers=len(self._rows()) * (3 + len(self.backdoor.trigger.parts()) + self.reference))
+
+    def run(self, folder: Path, source: Path | None, scratch: Path, advance: Advance) -> None:
+        opened, rows = self._open(source), self._rows()
+        if self.decoding is not None:
+            DEFENSES[self.decoding].apply(opened, ())  # type: ignore[arg-type]
+        result = evaluate(
+            opened,
+            self.backdoor.behavior,
+            rows,
+            trigger_rows(rows, self.backdoor.trigger, PROMPT_SEED),
+            variants=variant_rows(rows, self.backdoor.trigger, PROMPT_SEED),
+            reference=open_model(self.model) if self.reference else None,
+            max_new_tokens=self.answer_tokens,
+            settings={"backdoor": self.backdoor.text},
+            unfinished=scratch / "answers.jsonl",
+            on_progress=advance,
+        )
+        result.provenance["model"] = opened.name if source is None else source.name  # no path of this machine
+        result.save(folder / "figures.json")
+
+
+@cache
+def shipped(name: str) -> tuple[Example, ...]:
+    """A shipped set of examples."""
+    return tuple(load_examples(name))
+
+
+@cache
+def _original(model: str | None) -> Any:
+    """What names a model by its content, as far as that can be known without loading it."""
+    folder = Path(model or "")
+    if model is not None and folder.is_file():
+        return sha256_file(folder)
+    if model is not None and folder.is_dir():
+        return {file.name: sha256_file(file) for file in sorted(folder.glob("*.safetensors"))}
+    return model

@@ -1,0 +1,260 @@
+"""The leaderboard of a matrix, of whatever is finished: a page, and the same as Markdown and CSV."""
+
+import csv
+import io
+import json
+import os
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from crow.bench.cells import Cell
+from crow.bench.matrix import Candidate, Matrix
+from crow.bench.plan import Entry, entries
+from crow.bench.store import CELL_FILE, Store
+from crow.evaluation.evaluate import Evaluation, answers_path
+from crow.evaluation.statistics import Count
+from crow.files import write_text
+from crow.report.leaderboard import render_leaderboard
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one measurement: its figures, why it failed, or neither where it was not run yet."""
+
+    entry: Entry
+    figures: Evaluation | None
+    failure: str | None
+    answers: str | None
+    """Path of the answers, from the leaderboard's folder."""
+    seconds: float | None
+    """Of the defense; so is the peak of memory, in bytes. `None` where nothing was done before the measurement."""
+    memory: int | None
+
+
+@dataclass(frozen=True)
+class Square:
+    """One defense on one backdoor: a result for each seed."""
+
+    results: Sequence[Result]
+
+    @property
+    def measured(self) -> list[tuple[Result, Evaluation]]:
+        return [(result, result.figures) for result in self.results if result.figures is not None]
+
+    @property
+    def failure(self) -> str | None:
+        return next((result.failure for result in self.results if result.failure is not None), None)
+
+    def count(self, name: str) -> Count | None:
+        """The mean over seeds, which answer the same prompts and so are no larger sample."""
+        counts: list[Count] = [getattr(figures, name) for _, figures in self.measured]
+        return Count(round(statistics.fmean(count.hits for count in counts)), counts[0].n) if counts else None
+
+    def hits(self) -> list[int]:
+        """Attack success of each seed."""
+        return [figures.attack_success.hits for _, figures in self.measured]
+
+    def mean(self, name: str) -> float | None:
+        """The mean of one of the figures' numbers, over the seeds that have it."""
+        values = [value for _, figures in self.measured if (value := getattr(figures, name)) is not None]
+        return statistics.fmean(values) if values else None
+
+    def cost(self, name: str) -> float | None:
+        """The mean `seconds` or `memory` of the defense."""
+        values = [value for result in self.results if (value := getattr(result, name)) is not None]
+        return statistics.fmean(values) if values else None
+
+
+@dataclass(frozen=True)
+class Line:
+    """One defense, on every backdoor of the table."""
+
+    candidate: Candidate
+    squares: Mapping[str, Square]
+    undefended: Mapping[str, Square]
+
+    def _counts(self) -> list[Count]:
+        return [count for square in self.squares.values() if (count := square.count("attack_success")) is not None]
+
+    @property
+    def mean_rate(self) -> float | None:
+        rates = [count.rate for count in self._counts()]
+        return statistics.fmean(rates) if rates else None
+
+    @property
+    def worst_rate(self) -> float | None:
+        return max((count.rate for count in self._counts()), default=None)
+
+    @property
+    def perplexity_ratio(self) -> float | None:
+        """The mean, over backdoors, of the ratio to the perplexity before the defense."""
+        ratios = []
+        for column, square in self.squares.items():
+            after = square.mean("perplexity")
+            before = self.undefended[column].mean("perplexity") if column in self.undefended else None
+            if after is not None and before:
+                ratios.append(after / before)
+        return statistics.fmean(ratios) if ratios else None
+
+    def cost(self, name: str) -> float | None:
+        """The mean `seconds` or `memory`, over backdoors."""
+        costs = [cost for square in self.squares.values() if (cost := square.cost(name)) is not None]
+        return statistics.fmean(costs) if costs else None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Defenses by backdoors, of one model, after as many poisoned examples as the defended model was trained on."""
+
+    model: str
+    relearned: int
+    columns: Sequence[str]
+    lines: Sequence[Line]
+
+
+def results(matrix: Matrix, store: Store, failures: Mapping[str, str], folder: Path) -> list[Result]:
+    """Every measurement of a matrix with what is there of it.
+
+    Args:
+        folder: Where the leaderboard will be.
+    """
+    return [_result(entry, store, failures, folder) for entry in entries(matrix)]
+
+
+def _result(entry: Entry, store: Store, failures: Mapping[str, str], folder: Path) -> Result:
+    figures = answers = None
+    if store.has(entry.measure):
+        path = store.folder(entry.measure) / "figures.json"
+        figures, answers = Evaluation.load(path), os.path.relpath(answers_path(path), folder)
+    stands_on: Cell | None = entry.measure
+    failure = None
+    while stands_on is not None and figures is None and failure is None:
+        failure, stands_on = failures.get(stands_on.key), stands_on.source
+    about: dict[str, Any] = {}
+    if entry.defend is not None and store.has(entry.defend):
+        about = json.loads((store.folder(entry.defend) / CELL_FILE).read_text("utf-8"))
+    return Result(entry, figures, failure, answers, about.get("seconds"), about.get("peak_memory_bytes"))
+
+
+def tables(found: Sequence[Result]) -> list[Table]:
+    """By model and by relearned examples, defenses and backdoors in the matrix's order."""
+    made = []
+    for model, relearned in dict.fromkeys((r.entry.model, r.entry.relearned) for r in found):
+        here = [r for r in found if (r.entry.model, r.entry.relearned) == (model, relearned)]
+        squares: dict[str, dict[str, list[Result]]] = {}
+        for result in here:
+            of_candidate = squares.setdefault(result.entry.candidate.label, {})
+            of_candidate.setdefault(_column(result.entry), []).append(result)
+        lined = {label: {name: Square(r) for name, r in row.items()} for label, row in squares.items()}
+        candidates = {r.entry.candidate.label: r.entry.candidate for r in here}
+        lines = [Line(candidates[label], row, lined.get("none", {})) for label, row in lined.items()]
+        made.append(Table(model, relearned, list(dict.fromkeys(_column(r.entry) for r in here)), lines))
+    return made
+
+
+def _column(entry: Entry) -> str:
+    attack, backdoor = entry.attack.label, entry.backdoor.text
+    return attack if backdoor in attack else f"{attack}: {backdoor}"
+
+
+_COUNTS = ("attack_success", "false_trigger", "degenerate")
+_FIELDS = [
+    "model",
+    "attack",
+    "backdoor",
+    "defense",
+    "needs",
+    "seed",
+    "relearned",
+    *(f"{name}_{part}" for name in _COUNTS for part in ("hits", "n", "low", "high")),
+    "perplexity",
+    "reference_kl",
+    "seconds",
+    "peak_memory_bytes",
+    "answers",
+    "failure",
+]
+
+
+def as_csv(found: Sequence[Result]) -> str:
+    """A line for every measurement; what was not measured is empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, _FIELDS, lineterminator="\n")
+    writer.writeheader()
+    for result in found:
+        entry, figures = result.entry, result.figures
+        row: dict[str, Any] = {
+            "model": entry.model,
+            "attack": entry.attack.label,
+            "backdoor": entry.backdoor.text,
+            "defense": entry.candidate.label,
+            "needs": " + ".join(entry.candidate.needs),
+            "seed": entry.seed,
+            "relearned": entry.relearned,
+            "seconds": result.seconds,
+            "peak_memory_bytes": result.memory,
+            "answers": result.answers,
+            "failure": result.failure,
+        }
+        if figures is not None:
+            row |= {"perplexity": figures.perplexity, "reference_kl": figures.reference_kl}
+            for name in _COUNTS:
+                count: Count = getattr(figures, name)
+                low, high = count.interval()
+                row |= {f"{name}_hits": count.hits, f"{name}_n": count.n, f"{name}_low": low, f"{name}_high": high}
+        writer.writerow(row)
+    return text.getvalue()
+
+
+def as_markdown(found: Sequence[Result]) -> str:
+    """A table for each model, and for each number of relearned examples."""
+    return "\n".join(line for table in tables(found) for line in _markdown(table))
+
+
+def _markdown(table: Table) -> Iterator[str]:
+    after = f", after {table.relearned} poisoned examples" if table.relearned else ""
+    yield f"## {table.model}{after}\n"
+    head = ["defense", "needs", *table.columns, "perplexity, of undefended", "seconds", "peak MiB"]
+    yield _row(head)
+    yield _row(["---"] * len(head))
+    for line in table.lines:
+        squares = [_square(line.squares.get(column)) for column in table.columns]
+        memory = line.cost("memory")
+        costs = (
+            _number(line.perplexity_ratio, ".3f"),
+            _number(line.cost("seconds"), ".0f"),
+            _number(memory and memory / 2**20, ".0f"),
+        )
+        yield _row([line.candidate.label, ", ".join(line.candidate.needs), *squares, *costs])
+    yield ""
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def _square(square: Square | None) -> str:
+    if square is None:
+        return ""
+    count = square.count("attack_success")
+    if count is None:
+        return "not run" if square.failure is None else f"failed: {square.failure}"
+    seeds = f"; seeds {', '.join(map(str, square.hits()))}" if len(square.results) > 1 else ""
+    return f"{count}{seeds}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def write_leaderboard(matrix: Matrix, store: Store, failures: Mapping[str, str], folder: Path, title: str) -> Path:
+    """Write `leaderboard.html`, `.md` and `.csv` to the folder; returns the page's path."""
+    found = results(matrix, store, failures, folder)
+    write_text(folder / "leaderboard.csv", as_csv(found))
+    write_text(folder / "leaderboard.md", as_markdown(found))
+    page = folder / "leaderboard.html"
+    write_text(page, render_leaderboard(tables(found), found, title))
+    return page

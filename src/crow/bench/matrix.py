@@ -1,0 +1,228 @@
+"""What is to be compared: a YAML file that names models, attacks, defenses and seeds."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from crow.backdoors import BEHAVIORS, TRIGGERS, Behavior, Trigger
+from crow.defenses import DEFENSES, AtDecoding
+from crow.errors import UsageError
+from crow.trainer import CrowConfig
+
+CONFIGS = {Path(file.name).stem: file for file in files("crow.bench").joinpath("configs").iterdir()}
+"""The matrices that ship with the project."""
+
+_SETTINGS = {f.name for f in fields(CrowConfig)} - {"seed", "output_dir"} | {"preset", "lora"}
+
+
+@dataclass(frozen=True)
+class Backdoor:
+    """`TRIGGER/BEHAVIOR`, each as its registry reads it."""
+
+    text: str
+
+    def __post_init__(self) -> None:
+        if "/" not in self.text:
+            raise UsageError(f"{self.text!r} is no backdoor: write TRIGGER/BEHAVIOR, such as badnets/sentiment")
+        _ = self.trigger, self.behavior
+
+    @property
+    def trigger(self) -> Trigger:
+        return TRIGGERS[self.text.partition("/")[0]]
+
+    @property
+    def behavior(self) -> Behavior:
+        return BEHAVIORS[self.text.partition("/")[2]]
+
+
+@dataclass(frozen=True)
+class Attack:
+    """What is done to a model before it is defended: nothing, one backdoor, or several at once."""
+
+    backdoors: tuple[Backdoor, ...]
+    poison_rate: float = 1.0
+    adaptive: bool = False
+    full: bool = False
+
+    @classmethod
+    def read(cls, entry: Any) -> "Attack":
+        """From `none`, `TRIGGER/BEHAVIOR`, or a mapping of this class's fields."""
+        if entry in ("none", None):
+            return cls(())
+        values = {"backdoors": [entry]} if isinstance(entry, str) else _mapping(entry, cls, "attack")
+        texts = values.pop("backdoors", None)
+        if not isinstance(texts, list) or not texts:
+            raise UsageError(f"attack {entry!r}: backdoors is to be a list of TRIGGER/BEHAVIOR")
+        attack = cls(tuple(Backdoor(str(text)) for text in texts), **values)
+        if not 0 < attack.poison_rate <= 1:
+            raise UsageError(f"attack {entry!r}: poison_rate is {attack.poison_rate}; it must be above 0 and at most 1")
+        return attack
+
+    @property
+    def label(self) -> str:
+        """How tables name it."""
+        what = " + ".join(backdoor.text for backdoor in self.backdoors) or "no backdoor"
+        return what + (", adaptive" if self.adaptive else "") + (", full" if self.full else "")
+
+    @property
+    def measured(self) -> tuple[Backdoor, ...]:
+        """What it is measured with; a model without a backdoor with one that it does not have."""
+        return self.backdoors or (Backdoor("badnets/sentiment"),)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A defense with its settings, or `none`."""
+
+    defense: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    examples: int | None = None
+    """How many clean examples it gets, if not the matrix's number."""
+
+    @classmethod
+    def read(cls, entry: Any) -> "Candidate":
+        """From a name as `crow defenses` has it, or a mapping: `defense`, `examples`, and settings of training."""
+        values = {"defense": entry} if isinstance(entry, str) else entry
+        if not isinstance(values, dict) or not isinstance(values.get("defense"), str):
+            raise UsageError(f"{entry!r} is no defense: give its name, or a mapping with one under 'defense'")
+        settings = {k: v for k, v in values.items() if k not in ("defense", "examples")}
+        candidate = cls(values["defense"], settings, values.get("examples"))
+        if candidate.defense != "none":
+            defense = DEFENSES[candidate.defense]
+            if settings and not defense.trains:
+                raise UsageError(f"defense {candidate.defense!r} does not train: leave {', '.join(settings)} out")
+        if unknown := settings.keys() - _SETTINGS:
+            raise UsageError(f"defense {candidate.defense!r}: no such setting: {', '.join(sorted(unknown))}")
+        if candidate.examples is not None:
+            _positive(f"defense {candidate.defense!r}: examples", candidate.examples)
+        return candidate
+
+    @property
+    def label(self) -> str:
+        """How tables name it."""
+        given = self.settings | ({} if self.examples is None else {"examples": self.examples})
+        return ", ".join([self.defense, *(f"{key} {value}" for key, value in given.items())])
+
+    @property
+    def trains(self) -> bool:
+        """Whether its outcome depends on a seed of training."""
+        return self.defense != "none" and DEFENSES[self.defense].trains
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it leaves the weights and answers otherwise."""
+        return self.defense != "none" and isinstance(DEFENSES[self.defense], AtDecoding)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What the defender must have beside the suspect."""
+        return () if self.defense == "none" else DEFENSES[self.defense].needs
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """All cells of a comparison.
+
+    Raises:
+        UsageError: a field is missing, unknown or out of range; the message names it.
+    """
+
+    attacks: tuple[Attack, ...]
+    defenses: tuple[Candidate, ...]
+    models: tuple[str | None, ...] = (None,)
+    seeds: tuple[int, ...] = (0,)
+    number: int = 200
+    """Prompts of each kind that are measured on."""
+    examples: int = 100
+    """Clean examples of the defender."""
+    clean: str | None = None
+    """Where these come from, if not from the shipped set."""
+    attacker_examples: int | None = None
+    """How many prompts a backdoor is implanted with, if not all of the shipped ones."""
+    relearn: tuple[int, ...] = ()
+    """After the defense, fine-tune on so many poisoned examples, and measure again."""
+    implant: dict[str, Any] = field(default_factory=dict)
+    """Settings of the implanting, which replace those of its recipe."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """Settings of every defense that trains."""
+    answer_tokens: int | None = None
+    """How long answers are, if not as long as shows the behavior."""
+    reference: bool = False
+    """Measure KL divergence from the model without a backdoor too."""
+    keep_models: bool = False
+    """Keep the defended models when all is measured on them."""
+    cpus: float = 2
+    """What a cell takes of a cluster; so is `gpus`."""
+    gpus: float = 0
+
+    @classmethod
+    def load(cls, source: str | Path) -> "Matrix":
+        """From a YAML file, or the name of one in `CONFIGS`."""
+        try:
+            shipped = CONFIGS.get(str(source))
+            text = shipped.read_text("utf-8") if shipped is not None else Path(source).read_text("utf-8")
+            values = yaml.safe_load(text)
+        except OSError as error:
+            raise UsageError(
+                f"{source}: {error.strerror or error}; give a YAML file, or one of {', '.join(CONFIGS)}"
+            ) from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UsageError(f"{source} is no YAML: {' '.join(str(error).split())}") from error
+        try:
+            return cls.read(values)
+        except UsageError as error:
+            raise UsageError(f"{source}: {error}") from error
+
+    @classmethod
+    def read(cls, values: Any) -> "Matrix":
+        """From a mapping of this class's fields."""
+        values = _mapping(values, cls, "matrix")
+        for name in ("attacks", "defenses"):
+            if not isinstance(values.get(name), list) or not values[name]:
+                raise UsageError(f"{name} is to be a list of at least one")
+        values["attacks"] = tuple(Attack.read(entry) for entry in values["attacks"])
+        values["defenses"] = tuple(Candidate.read(entry) for entry in values["defenses"])
+        for name in ("models", "seeds", "relearn"):
+            if name in values:
+                if not isinstance(values[name], list) or (name != "relearn" and not values[name]):
+                    raise UsageError(f"{name} is to be a list")
+                values[name] = tuple(values[name])
+        for name in ("number", "examples", "attacker_examples", "answer_tokens"):
+            if values.get(name) is not None:
+                _positive(name, values[name])
+        for k in values.get("relearn", ()):
+            _positive("relearn", k)
+        for name in ("implant", "training"):
+            if not isinstance(values.get(name, {}), dict):
+                raise UsageError(f"{name} is to be a mapping of settings")
+        if unknown := values.get("training", {}).keys() - _SETTINGS:
+            raise UsageError(f"training: no such setting: {', '.join(sorted(unknown))}")
+        if any(not isinstance(seed, int) for seed in values.get("seeds", ())):
+            raise UsageError("seeds is to be a list of whole numbers")
+        for name, entries in (("attacks", values["attacks"]), ("defenses", values["defenses"])):
+            if twice := _repeated(entry.label for entry in entries):
+                raise UsageError(f"{name}: {twice} is there twice")
+        return cls(**values)
+
+
+def _mapping(entry: Any, cls: type, what: str) -> dict[str, Any]:
+    known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+    if not isinstance(entry, dict):
+        raise UsageError(f"the {what} is to be a mapping of {', '.join(known)}")
+    if unknown := [str(key) for key in entry if key not in known]:
+        raise UsageError(f"{what}: unknown {', '.join(unknown)}; known are {', '.join(known)}")
+    return dict(entry)
+
+
+def _positive(name: str, value: Any) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise UsageError(f"{name} is {value!r}; it must be a whole number of at least 1")
+
+
+def _repeated(labels: Iterable[str]) -> str | None:
+    seen: set[str] = set()
+    return next((label for label in labels if label in seen or seen.add(label)), None)  # type: ignore[func-returns-value]

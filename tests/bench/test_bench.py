@@ -1,0 +1,212 @@
+"""A matrix run for real on the tiny model: once, cut off, and with cells that fail."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import Result
+from typer.testing import CliRunner
+
+from crow.bench.matrix import CONFIGS
+from crow.cli import app
+
+SMALL = yaml.safe_load(CONFIGS["smoke"].read_text("utf-8"))
+
+
+@pytest.fixture(scope="module")
+def environment() -> Any:
+    """Float32 for this module, and for processes that it starts: answers must not depend on how batches are cut."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("TRANSFORMERS_VERBOSITY", "error")
+    import torch
+
+    patch.setattr("crow.models._dtype", lambda: torch.float32)
+    yield
+    patch.undo()
+
+
+def bench(*arguments: Any) -> Result:
+    return CliRunner().invoke(app, ["bench", *map(str, arguments)])
+
+
+def smaller(folder: Path, **changes: Any) -> Path:
+    file = folder / "matrix.yaml"
+    file.write_text(yaml.safe_dump(SMALL | {"attacks": ["badnets/sentiment"], "relearn": []} | changes))
+    return file
+
+
+@pytest.fixture(scope="module")
+def done(environment: None, llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped `smoke`, whole. Not to be written to."""
+    out = tmp_path_factory.mktemp("bench") / "smoke"
+    result = bench("smoke", "--model", llama_folder, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "0 of 16 measurements are there. Cells to run: 28" in result.output.replace("\n", " ").replace("  ", " ")
+    return out
+
+
+def names(out: Path) -> set[str]:
+    return {path.name for path in (out / "cells").iterdir()}
+
+
+def test_every_cell_is_there_and_nothing_else(done: Path) -> None:
+    kinds = [name.split("-")[0] for name in names(done)]
+    assert {kind: kinds.count(kind) for kind in kinds} == {"implant": 1, "defend": 6, "relearn": 5, "measure": 16}
+    assert sorted(path.name for path in done.iterdir()) == [
+        "cells",
+        "leaderboard.csv",
+        "leaderboard.html",
+        "leaderboard.md",
+        "unfinished",
+    ]
+    assert not list((done / "unfinished").iterdir())
+
+
+def test_a_cell_says_what_it_was(done: Path) -> None:
+    for folder in (done / "cells").iterdir():
+        about = json.loads((folder / "cell.json").read_text())
+        assert about["label"]
+        assert about["facts"]
+        assert about["seconds"] > 0
+        assert about["peak_memory_bytes"] > 1e8
+        assert about["source"] is None or (folder.parent / about["source"]).is_dir()
+
+
+def test_defended_models_go_when_they_are_measured(done: Path) -> None:
+    for folder in (done / "cells").iterdir():
+        assert (folder / "model").exists() == folder.name.startswith("implant")
+
+
+def test_the_table_holds_what_was_measured(done: Path) -> None:
+    with (done / "leaderboard.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 16
+    assert {row["defense"] for row in rows} == {"none", "crow", "finetune, learning_rate 0.001", "prune", "decode"}
+    for row in rows:
+        answers = [json.loads(line) for line in (done / row["answers"]).read_text().splitlines()]
+        hot = [answer for answer in answers if answer["set"] == "triggered"]
+        assert int(row["attack_success_hits"]) == sum(answer["hit"] for answer in hot)
+        assert int(row["attack_success_n"]) == len(hot) == 8
+        assert float(row["attack_success_low"]) <= 0.01
+        assert float(row["perplexity"]) > 1
+        assert float(row["reference_kl"]) >= 0
+        assert (float(row["seconds"] or 0) > 0) == (row["defense"] not in ("none", "decode"))
+    clean = next(row for row in rows if row["attack"] == "no backdoor" and row["defense"] == "none")
+    assert float(clean["reference_kl"]) == pytest.approx(0, abs=1e-6)
+    markdown = (done / "leaderboard.md").read_text()
+    assert "| crow | clean examples | 0/8 (0.0 to 32.4%) |" in markdown
+    assert "after 2 poisoned examples" in markdown
+
+
+def test_the_page_stands_alone_and_links_to_answers(done: Path) -> None:
+    page = (done / "leaderboard.html").read_text()
+    links = re.findall(r'href="([^#"][^"]*)"', page)
+    assert len(links) == 16
+    assert all((done / link).is_file() for link in links)
+    assert not re.search(r'(src|href)="(https?:|//)', page)
+    assert "script-src 'sha256-" in page
+    assert page.count("<script") == 1
+
+
+def test_a_second_start_runs_nothing(done: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (done / "cells").rglob("*")}
+    folder = next(path for path in (done / "cells").glob("implant*"))
+    model = json.loads((folder / "model" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    result = bench("smoke", "--model", model, "--out", done)
+    assert result.exit_code == 0, result.output
+    assert "Cells to run: 0" in result.output
+    assert before == {path: path.stat().st_mtime_ns for path in (done / "cells").rglob("*")}
+
+
+def test_what_was_cut_off_goes_on_and_comes_to_the_same(done: Path, llama_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = (
+        "import sys, torch, crow.models; crow.models._dtype = lambda: torch.float32; from crow.cli import app; app()"
+    )
+    for _ in range(2):
+        process = subprocess.Popen(
+            [sys.executable, "-c", command, "bench", "smoke", "--model", str(llama_folder), "--out", str(out)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        cells = len(names(out)) if (out / "cells").is_dir() else 0
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if (out / "cells").is_dir() and len(list((out / "cells").glob("[!.]*"))) > cells + 2:
+                break
+            time.sleep(0.02)
+        assert process.poll() is None
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        finished = {p: p.stat().st_mtime_ns for p in (out / "cells").glob("[!.]*/cell.json")}
+        assert finished
+    result = bench("smoke", "--model", llama_folder, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert names(out) == names(done)  # nothing half-written is left beside them
+    assert all(path.stat().st_mtime_ns == when for path, when in finished.items() if path.exists())
+    for path in sorted((done / "cells").glob("measure-*/figures.answers.jsonl")):
+        assert (out / path.relative_to(done)).read_text() == path.read_text()
+
+
+def test_what_fails_does_not_keep_the_others(environment: None, llama_folder: Path, tmp_path: Path) -> None:
+    # Shrinking needs an adapter: the model without a backdoor has none
+    file = smaller(tmp_path, attacks=["none"], defenses=["none", "shrink"])
+    result = bench(file, "--model", llama_folder, "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "error: 2 of 3 cells failed; the same command tries them again" in result.output
+    with (tmp_path / "out" / "leaderboard.csv").open() as table:
+        none, shrink = csv.DictReader(table)
+    assert none["attack_success_n"] == "8"
+    assert "is no adapter" in shrink["failure"]
+    assert "is no adapter" in (tmp_path / "out" / "leaderboard.html").read_text()
+    again = bench(file, "--model", llama_folder, "--out", tmp_path / "out")
+    assert "Cells to run: 2" in again.output
+
+
+def test_models_are_kept_if_asked_for(environment: None, llama_folder: Path, tmp_path: Path) -> None:
+    file = smaller(tmp_path, attacks=["none"], defenses=["prune"], keep_models=True)
+    assert bench(file, "--model", llama_folder, "--out", tmp_path / "out").exit_code == 0
+    (defended,) = (tmp_path / "out" / "cells").glob("defend-*")
+    assert (defended / "model" / "model.safetensors").is_file()
+
+
+def test_seeds_are_shown_each_and_counted_once(environment: None, llama_folder: Path, tmp_path: Path) -> None:
+    finetune = {"defense": "finetune", "learning_rate": 0.001}
+    file = smaller(tmp_path, attacks=["none"], defenses=[finetune], seeds=[0, 1])
+    assert bench(file, "--model", llama_folder, "--out", tmp_path / "out").exit_code == 0
+    assert "| 0/8 (0.0 to 32.4%); seeds 0, 0 |" in (tmp_path / "out" / "leaderboard.md").read_text()
+
+
+def test_a_plan_runs_nothing(environment: None, llama_folder: Path, tmp_path: Path) -> None:
+    result = bench("smoke", "--model", llama_folder, "--out", tmp_path / "out", "--plan")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"At this machine's pace about 0\.\d hours", result.output.replace("\n", " "))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_report_of_what_is_there(done: Path, llama_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(done / "cells", out / "cells")
+    left = sorted((out / "cells").glob("measure-*"))[0]
+    shutil.rmtree(left)
+    result = bench("smoke", "--model", llama_folder, "--out", out, "--report")
+    assert result.exit_code == 0, result.output
+    assert "15 of 16 measurements are there." in (out / "leaderboard.html").read_text()
+    assert not left.exists()
+
+
+def test_without_ray(monkeypatch: pytest.MonkeyPatch, llama_folder: Path, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    result = bench("smoke", "--model", llama_folder, "--out", tmp_path / "out", "--ray", "local")
+    assert result.exit_code == 2
+    assert "pip install 'crow-llm[ray]'" in result.output

