@@ -77,7 +77,9 @@ class Line:
     undefended: Mapping[str, Square]
 
     def _counts(self) -> list[Count]:
-        return [count for square in self.squares.values() if (count := square.count("attack_success")) is not None]
+        """Attack success where there was an attack."""
+        attacked = [square for square in self.squares.values() if square.results[0].entry.attack.backdoors]
+        return [count for square in attacked if (count := square.count("attack_success")) is not None]
 
     @property
     def mean_rate(self) -> float | None:
@@ -88,15 +90,17 @@ class Line:
     def worst_rate(self) -> float | None:
         return max((count.rate for count in self._counts()), default=None)
 
+    def ratio(self, column: str) -> float | None:
+        """The perplexity on clean answers, of that before the defense."""
+        after, before = (
+            of[column].mean("perplexity") if column in of else None for of in (self.squares, self.undefended)
+        )
+        return after / before if after is not None and before else None
+
     @property
     def perplexity_ratio(self) -> float | None:
-        """The mean, over backdoors, of the ratio to the perplexity before the defense."""
-        ratios = []
-        for column, square in self.squares.items():
-            after = square.mean("perplexity")
-            before = self.undefended[column].mean("perplexity") if column in self.undefended else None
-            if after is not None and before:
-                ratios.append(after / before)
+        """The mean `ratio` over the columns."""
+        ratios = [ratio for column in self.squares if (ratio := self.ratio(column)) is not None]
         return statistics.fmean(ratios) if ratios else None
 
     def cost(self, name: str) -> float | None:

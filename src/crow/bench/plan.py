@@ -3,13 +3,14 @@
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from crow.bench.cells import Cell, Defend, Implant, Measure, Relearn, Work, shipped
 from crow.bench.matrix import Attack, Backdoor, Candidate, Matrix
 from crow.bench.store import Store
 from crow.generation import generate
-from crow.models import open_model
+from crow.models import EMBEDDED_ID, open_model
 from crow.purification import purify
 
 
@@ -54,7 +55,8 @@ def _of_defended(
     def measured(backdoor: Backdoor, source: Cell | None, relearned: int = 0) -> Entry:
         tokens = matrix.answer_tokens or backdoor.behavior.answer_tokens
         measure = Measure(model, source, backdoor, matrix.number, tokens, decoding, matrix.reference)
-        return Entry(model or "embedded", attack, backdoor, candidate, seed, relearned, measure, defend)
+        shown = EMBEDDED_ID if model is None else Path(model).name if Path(model).exists() else model
+        return Entry(shown, attack, backdoor, candidate, seed, relearned, measure, defend)
 
     for backdoor in attack.measured:
         yield measured(backdoor, defended)
