@@ -3,7 +3,7 @@
 A defense at decoding time gives back the suspect, with the decoding that defends it.
 """
 
-from crow.defenses import decoding, prune, quantize, shrink, training  # noqa: F401, each files its own under their names
+from crow.defenses import auxiliary, decoding, prune, quantize, shrink, training  # noqa: F401, each files its own under their names
 from crow.defenses.base import DEFENSES, Defended, Defense
 from crow.defenses.decoding import AtDecoding
 
