@@ -111,6 +111,8 @@ def purify(
             raise UsageError(
                 f"{defense!r} defends while the model answers and leaves its weights: crow evaluate --defense {defense}"
             )
+        if resume and not defending.trains:
+            raise UsageError(f"defense {defense!r} does not train: there is nothing to --resume")
         training = _settings(set_, own={"num_train_epochs", "seed", *signature(run).parameters}) | _given(
             preset=preset,
             lora=lora,
@@ -132,8 +134,6 @@ def purify(
             if defending.trains:
                 training |= {"output_dir": checkpoints, "resume": resume, "seed": seed}
                 training["callbacks"] = [TrainingProgress(advance)]
-            elif resume:
-                raise UsageError(f"defense {defense!r} does not train: there is nothing to --resume")
             purified, record = defending.apply(opened, rows, **training)
         merge = merge or not isinstance(purified, PeftModel)
         card = model_card(record, base_model=opened.base_id, merged=merge)

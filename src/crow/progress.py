@@ -18,6 +18,8 @@ def progress_bar(text: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console) as bar:
         task = bar.add_task(text, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+        if bar.tasks[task].total is None:  # what was done has no parts to tell of
+            bar.update(task, completed=1, total=1)
 
 
 def summed(on_progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None]:

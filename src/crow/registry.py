@@ -28,10 +28,11 @@ class Registry(Generic[T]):
         self._classes: dict[str, type[Any]] = {}
 
     def register(self, name: str) -> Callable[[C], C]:
-        """Class decorator that files a dataclass, whose fields are the entry's parameters, under `name`."""
+        """Class decorator that files a dataclass, whose fields are the parameters, under `name`, which it then has."""
 
         def add(cls: C) -> C:
             self._classes[name] = cls
+            cls.name = name  # type: ignore[attr-defined]
             return cls
 
         return add

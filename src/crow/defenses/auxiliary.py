@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -68,8 +68,6 @@ class BackFlush(Defense):
     is to keep watermarks, is left out.
     """
 
-    name: ClassVar[str] = "backflush"
-
     def apply(self, opened: OpenedModel, clean: Sequence[Example], **training: Any) -> Defended:
         """As `Defense.apply`."""
         _check(self, clean, training)
@@ -99,8 +97,6 @@ class BdVax(Defense):
     a component is a channel of the MLP, with its weights in all of that MLP's layers, for adapters too; channels are
     ranked over the whole model; new weights are normal with the deviation of those that they replace.
     """
-
-    name: ClassVar[str] = "bd-vax"
 
     variants: int = 7
     examples: int = 20

@@ -42,8 +42,6 @@ class AtDecoding(Untrained):
 class Decode(AtDecoding):
     """Sampling with a temperature from the most probable tokens, in place of greedy decoding."""
 
-    name: ClassVar[str] = "decode"
-
     temperature: float = 1.0
     top_p: float = 0.9
     seed: int = 0
@@ -71,7 +69,6 @@ class CleanGen(AtDecoding):
     leaves greedy answers as they are; here each is checked as it is made.
     """
 
-    name: ClassVar[str] = "cleangen"
     needs: ClassVar[tuple[str, ...]] = ("clean reference model",)
 
     reference: str = ""

@@ -29,7 +29,6 @@ class Prune(Untrained):
     are of the model before anything is pruned, so that one pass over the examples gives them all.
     """
 
-    name: ClassVar[str] = "prune"
     summary: ClassVar[str] = "The least important weights of its linear layers were set to zero."
 
     method: str = "wanda"
@@ -64,7 +63,6 @@ class FinePrune(Prune):
     and a new LoRA is trained on the pruned model as `finetune` trains one. What it adds to the weights fills the zeros.
     """
 
-    name: ClassVar[str] = "fine-prune"
     trains: ClassVar[bool] = True
     summary: ClassVar[str] = "The least important weights were set to zero, and it was fine-tuned on clean examples."
 

@@ -25,7 +25,6 @@ class Quantize(Untrained):
     64 weights; int8 is LLM.int8()'s (arXiv 2208.07339) without its float16 outliers, with a scale for a row.
     """
 
-    name: ClassVar[str] = "quantize"
     summary: ClassVar[str] = "The weights of its linear layers were rounded to few bits."
     needs: ClassVar[tuple[str, ...]] = ()
 

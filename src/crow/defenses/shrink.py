@@ -28,7 +28,6 @@ class Shrink(Untrained):
     model, which needs no defense where it can be trusted.
     """
 
-    name: ClassVar[str] = "shrink"
     summary: ClassVar[str] = "The adapter's weights were scaled down as far as the perplexity of clean examples allows."
 
     tolerance: float = 0.05

@@ -30,7 +30,6 @@ class Trained(Defense):
 class Crow(Trained):
     """CROW's default: answers are held while trained insertions try to throw them off."""
 
-    name: ClassVar[str] = "crow"
     preset: ClassVar[str] = "default"
 
 
@@ -39,7 +38,6 @@ class Crow(Trained):
 class CrowPaper(Trained):
     """CROW as published (arXiv 2411.12768, section 4)."""
 
-    name: ClassVar[str] = "crow-paper"
     preset: ClassVar[str] = "paper"
 
 
@@ -48,7 +46,6 @@ class CrowPaper(Trained):
 class FineTune(Trained):
     """Supervised fine-tuning on the clean examples: the same trainer with every term of CROW off."""
 
-    name: ClassVar[str] = "finetune"
     preset: ClassVar[str] = "finetune"
 
 
@@ -57,5 +54,4 @@ class FineTune(Trained):
 class RandomTokens(Trained):
     """CROW's default with random tokens inserted: the control for what its adversaries learn."""
 
-    name: ClassVar[str] = "random-tokens"
     preset: ClassVar[str] = "random-tokens"
