@@ -462,7 +462,8 @@ def bench(
     config: Annotated[
         str,
         typer.Argument(
-            metavar="CONFIG", help="A YAML file, or one that ships: smoke, smollm2, ablation, relearning or paper."
+            metavar="CONFIG",
+            help="A YAML file, or one that ships: smoke, tuning, smollm2, ablation, relearning or paper.",
         ),
     ],
     out: Annotated[

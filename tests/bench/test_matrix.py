@@ -26,7 +26,7 @@ def keys(**changes: Any) -> set[str]:
 
 
 def test_every_shipped_matrix_is_read(tmp_path: Path) -> None:
-    assert set(CONFIGS) == {"smoke", "smollm2", "ablation", "relearning", "paper"}
+    assert set(CONFIGS) == {"smoke", "smollm2", "tuning", "ablation", "relearning", "paper"}
     for name in CONFIGS:
         matrix = Matrix.load(name)
         assert entries(matrix)
@@ -62,6 +62,7 @@ def test_a_cell_stands_behind_what_it_starts_from() -> None:
         ({"seeds": [1]}, 3),  # which clean examples are drawn, and so even the pruned model
         ({"number": 10}, 3),
         ({"answer_tokens": 5}, 3),
+        ({"prompts": "validation"}, 3),
         ({"reference": True}, 3),
         ({"examples": 50}, 3),
         ({"training": {"learning_rate": 1e-3}}, 5),

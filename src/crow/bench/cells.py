@@ -111,7 +111,7 @@ class Implant(Cell):
         clean: list[Example] = []
         poisoned: list[Example] = []
         for backdoor in self.attack.backdoors:
-            rows = shipped(backdoor.behavior.attacker_set)[: self.examples]
+            rows = examples(backdoor.behavior.attacker_set)[: self.examples]
             some, hot = poison(rows, backdoor.trigger, backdoor.behavior, self.seed, self.attack.poison_rate)
             clean += [row for row in some if row not in clean]
             poisoned += hot
@@ -182,8 +182,7 @@ class Defend(Cell):
     training: dict[str, Any]
 
     def _clean(self) -> list[Example]:
-        rows = shipped("clean") if self.clean is None else load_examples(self.clean)
-        return sample(rows, self.candidate.examples or self.examples, self.seed)
+        return sample(examples(self.clean or "clean"), self.candidate.examples or self.examples, self.seed)
 
     def _settings(self) -> dict[str, Any]:
         return self.training | self.candidate.settings if self.candidate.trains else {}
@@ -234,7 +233,7 @@ class Relearn(Cell):
     seed: int
 
     def _poisoned(self) -> list[Example]:
-        rows = shipped(self.backdoor.behavior.attacker_set)[-self.examples :]
+        rows = examples(self.backdoor.behavior.attacker_set)[-self.examples :]
         return poison(rows, self.backdoor.trigger, self.backdoor.behavior, self.seed)[1]
 
     def facts(self) -> dict[str, Any]:
@@ -271,6 +270,7 @@ class Measure(Cell):
     kind: ClassVar[str] = "measure"
 
     backdoor: Backdoor
+    prompts: str | None
     number: int
     answer_tokens: int
     decoding: str | None
@@ -278,7 +278,7 @@ class Measure(Cell):
     reference: bool
 
     def _rows(self) -> list[Example]:
-        return sample(shipped(self.backdoor.behavior.test_set), self.number, 0)
+        return sample(examples(self.prompts or self.backdoor.behavior.test_set), self.number, 0)
 
     def facts(self) -> dict[str, Any]:
         rows = self._rows()
@@ -319,8 +319,8 @@ class Measure(Cell):
 
 
 @cache
-def shipped(name: str) -> tuple[Example, ...]:
-    """A shipped set of examples."""
+def examples(name: str) -> tuple[Example, ...]:
+    """A shipped set of examples, or a file's."""
     return tuple(load_examples(name))
 
 

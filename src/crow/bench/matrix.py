@@ -141,6 +141,8 @@ class Matrix:
     """Clean examples of the defender."""
     clean: str | None = None
     """Where these come from, if not from the shipped set."""
+    prompts: str | None = None
+    """What is measured on, if not the shipped held-out set for what the backdoor does; `validation` is for choosing."""
     attacker_examples: int | None = None
     """How many prompts a backdoor is implanted with, if not all of the shipped ones."""
     relearn: tuple[int, ...] = ()

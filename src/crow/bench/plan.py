@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from crow.bench.cells import Cell, Defend, Implant, Measure, Relearn, Work, shipped
+from crow.bench.cells import Cell, Defend, Implant, Measure, Relearn, Work, examples
 from crow.bench.matrix import Attack, Backdoor, Candidate, Matrix
 from crow.bench.store import Store
 from crow.generation import generate
@@ -54,7 +54,7 @@ def _of_defended(
 
     def measured(backdoor: Backdoor, source: Cell | None, relearned: int = 0) -> Entry:
         tokens = matrix.answer_tokens or backdoor.behavior.answer_tokens
-        measure = Measure(model, source, backdoor, matrix.number, tokens, decoding, matrix.reference)
+        measure = Measure(model, source, backdoor, matrix.prompts, matrix.number, tokens, decoding, matrix.reference)
         shown = EMBEDDED_ID if model is None else Path(model).name if Path(model).exists() else model
         return Entry(shown, attack, backdoor, candidate, seed, relearned, measure, defend)
 
@@ -101,7 +101,7 @@ class Pace:
 def calibrate(matrix: Matrix, model: str | None, cells: Sequence[Cell]) -> Pace:
     """Take a few steps and answer a few prompts, as much as the cells need: a step of other trainings takes longer."""
     opened = open_model(model)
-    rows = list(shipped("clean")[:8])
+    rows = list(examples("clean")[:8])
     answer = step = 0.0
     if any(cell.work().answers for cell in cells):
         started = time.perf_counter()
