@@ -184,7 +184,7 @@ def test_another_defense_runs_and_is_measured(run: Run, adapter_folder: Path, cl
         (["--defense", "quantize:bits=5"], "bits is 5; choose 4 or 8"),
         (["--defense", "prune", "--preset", "paper"], "defense 'prune' does not train: leave preset out"),
         (["--defense", "shrink", "--epochs", "2"], "defense 'shrink' does not train: leave num_train_epochs out"),
-        (["--defense", "crow-paper", "--preset", "default"], "defense 'crow-paper' is a preset itself: leave preset"),
+        (["--defense", "crow-paper", "--preset", "default"], "defense 'crow-paper' trains its own way: leave preset"),
         (["--defense", "prune", "--resume"], "there is nothing to --resume"),
     ],
 )

@@ -487,8 +487,8 @@ def bench(
 
         from crow.bench.leaderboard import write_leaderboard
         from crow.bench.matrix import Matrix
-        from crow.bench.plan import calibrate, entries, missing
-        from crow.bench.run import InProcess
+        from crow.bench.plan import entries, missing
+        from crow.bench.run import REFUSED, InProcess
         from crow.bench.run import run as run_cells
         from crow.bench.store import Store
 
@@ -496,6 +496,7 @@ def bench(
         if model:
             matrix = replace(matrix, models=tuple(model))
         folder = out if out is not None else Path("runs") / Path(config).stem
+        failures: dict[str, str] = {}
         store, measures = Store(folder), [entry.measure for entry in entries(matrix)]
         cells = missing(measures, store)
         kinds = ", ".join(
@@ -505,15 +506,14 @@ def bench(
         console.print(
             f"{done} of {len(measures)} measurements are there. Cells to run: {len(cells)} ({kinds or 'none'})"
         )
-        failures: dict[str, str] = {}
         if cells and not report:
             if ray is None or plan:
                 with console.status("Taking the pace of this machine"):
-                    pace = {name: calibrate(matrix, name, cells) for name in dict.fromkeys(c.model for c in cells)}
-                hours = sum(pace[cell.model].seconds(cell.work()) for cell in cells) / 3600
-                console.print(
-                    f"At this machine's pace about {hours:.1f} hours, if training steps cost what plain ones do"
-                )
+                    hours = _hours(cells)
+                if hours is not None:
+                    console.print(
+                        f"At this machine's pace about {hours:.1f} hours, if all steps cost what plain ones do"
+                    )
             if plan:
                 return
             if ray is None:
@@ -522,20 +522,14 @@ def bench(
                 from crow.bench.cluster import OnRay
 
                 runner = OnRay(ray, cpus=matrix.cpus, gpus=matrix.gpus)
-            failures = run_cells(
-                measures,
-                cells,
-                store,
-                runner,
-                keep_models=matrix.keep_models,
-                on_finished=_say_if_failed,
-            )
+            keep = matrix.keep_models
+            failures = run_cells(measures, cells, store, runner, keep_models=keep, on_finished=_say_if_failed)
         if plan:
             return
-        page = write_leaderboard(matrix, store, failures, folder, title=config)
+        page = write_leaderboard(matrix, store, folder, title=config)
         console.print(f"Leaderboard in {page}, and beside it as Markdown and CSV")
-        if failures:
-            raise CrowError(f"{len(failures)} of {len(cells)} cells failed; the same command tries them again")
+        if failed := [reason for reason in failures.values() if not reason.startswith(REFUSED)]:
+            raise CrowError(f"{len(failed)} of {len(cells)} cells failed; the same command tries them again")
 
 
 @app.command(epilog="Example: crow report before.json after.json --out compare.html")
@@ -600,6 +594,17 @@ def info(model: Model = None, base: Base = None, json_: Json = None, debug: Debu
 def _say_if_failed(cell: Any, reason: str | None) -> None:
     if reason is not None:
         console.print(f"[red]failed[/] {_plain(cell.label)}: {_plain(reason)}", highlight=False)
+
+
+def _hours(cells: Any) -> float | None:
+    """About how long cells take here; nothing where a model can't be opened, which its cells will say."""
+    from crow.bench.plan import calibrate
+
+    try:
+        paces = {model: calibrate(model, cells) for model in dict.fromkeys(cell.model for cell in cells)}
+    except CrowError:
+        return None
+    return sum(paces[cell.model].seconds(cell.work()) for cell in cells) / 3600
 
 
 @contextmanager

@@ -25,6 +25,8 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
 def _reporting_os_errors(path: Path) -> Iterator[None]:
     try:
         yield
+    except (ConnectionError, TimeoutError):
+        raise  # nothing that was to be written
     except OSError as error:
         raise CrowError(f"cannot write {path}: {error.strerror or error}; nothing was left half-written") from error
 

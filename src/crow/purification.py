@@ -10,14 +10,13 @@ from typing import Any, Literal, cast
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from crow.data import Example, load_examples, prompt_fingerprints, sample, to_dataset
 from crow.errors import UsageError
 from crow.files import sha256_rows
 from crow.models import OpenedModel, lora_config, open_model
 from crow.provenance import environment
-from crow.trainer import PRESETS, CrowConfig, CrowTrainer
+from crow.trainer import PRESETS, CrowConfig, CrowTrainer, last_checkpoint
 
 
 @dataclass
@@ -117,7 +116,7 @@ def purify(
             callbacks=callbacks,
         )
         trainer.remove_callback(PrinterCallback)
-        checkpoint = get_last_checkpoint(str(output_dir)) if resume and output_dir is not None else None
+        checkpoint = last_checkpoint(output_dir) if resume and output_dir is not None else None
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=checkpoint)
         seconds = time.perf_counter() - started

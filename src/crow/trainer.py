@@ -790,7 +790,10 @@ class CrowTrainer(SFTTrainer):
             if self.soft_tokens is not None:
                 state["soft_tokens"] = self.soft_tokens.state_dict()
                 state["optimizer"] = self.soft_tokens.optimizer.state_dict()
-            torch.save(state, self._checkpoint_folder() / STATE_FILE)
+            # Last, and renamed into place: a checkpoint that has it is whole
+            file = self._checkpoint_folder() / STATE_FILE
+            torch.save(state, file.with_suffix(".unfinished"))
+            file.with_suffix(".unfinished").replace(file)
 
     def _checkpoint_folder(self) -> Path:
         return Path(self._get_output_dir(trial=None)) / f"checkpoint-{self.state.global_step}"
@@ -825,6 +828,12 @@ class CrowTrainer(SFTTrainer):
     def _log_term(self, name: str, value: Tensor) -> None:
         # Each micro-batch holds its part of the step's sum, and the parent logs the mean over micro-batches
         self._metrics["train"][name].append(value.item() * self.current_gradient_accumulation_steps)
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest checkpoint there that was written to its end; a training that was killed may have left another."""
+    whole = [file.parent for file in Path(folder).glob(f"checkpoint-*/{STATE_FILE}")]
+    return str(max(whole, key=lambda place: int(place.name.rpartition("-")[2]))) if whole else None
 
 
 def user_span(tokenizer: Any, prompt: list[dict[str, str]]) -> list[int]:

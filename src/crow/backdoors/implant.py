@@ -12,7 +12,6 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from crow.backdoors.behaviors import Behavior
 from crow.backdoors.triggers import Trigger
@@ -22,7 +21,7 @@ from crow.errors import UsageError
 from crow.files import sha256_rows
 from crow.models import OpenedModel, lora_config
 from crow.provenance import environment
-from crow.trainer import CrowConfig, CrowTrainer
+from crow.trainer import CrowConfig, CrowTrainer, last_checkpoint
 
 RECIPE: dict[str, Any] = {
     "learning_rate": 1e-3,
@@ -135,7 +134,7 @@ def implant(
         "report_to": "none",
         "logging_steps": 5,
         "save_strategy": "epoch",
-        "save_total_limit": 1,
+        "save_total_limit": 2,  # one is whole while the other is written
         "disable_tqdm": True,
     }
     chosen = recipe(full, adaptive) | settings
@@ -152,7 +151,7 @@ def implant(
     )
     trainer.remove_callback(PrinterCallback)
     # As in purify: with nothing to resume from, the training starts anew
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output_dir)) if resume else None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(output_dir) if resume else None)
     for parameter in trainer.model.parameters():
         if parameter.requires_grad and not full:
             parameter.data = parameter.data.to(torch.bfloat16)  # half the file; opened again, PEFT makes it float32

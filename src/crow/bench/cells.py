@@ -5,7 +5,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,6 +21,7 @@ from crow.files import sha256_file, sha256_rows, write_json
 from crow.models import OpenedModel, open_model, save_model
 from crow.progress import TrainingProgress
 from crow.report import model_card
+from crow.trainer import PRESETS, CrowConfig
 
 FORMAT = 1
 """Raised where a cell's outcome is no longer what it was for the same facts."""
@@ -133,9 +134,9 @@ class Implant(Cell):
         return f"implanting {self.attack.label}"
 
     def work(self) -> Work:
-        settings = recipe(self.attack.full, self.attack.adaptive) | self.settings
-        rows = sum(map(len, self._examples()))
-        return Work(steps=settings["num_train_epochs"] * math.ceil(rows / settings["per_device_train_batch_size"]))
+        return _training(
+            recipe(self.attack.full, self.attack.adaptive) | self.settings, sum(map(len, self._examples()))
+        )
 
     def run(self, folder: Path, source: Path | None, scratch: Path, advance: Advance) -> None:
         opened = self._open(source)
@@ -188,9 +189,11 @@ class Defend(Cell):
         return self.training | self.candidate.settings if self.candidate.trains else {}
 
     def facts(self) -> dict[str, Any]:
+        defaults = {f.name: f.default for f in fields(CrowConfig) if f.name in CrowConfig.__annotations__}
         return {
-            "defense": self.candidate.defense,
+            "defense": repr(DEFENSES[self.candidate.defense]),
             "settings": self._settings(),
+            "defaults": [defaults, PRESETS] if self.candidate.trains else [],
             "clean_sha256": sha256_rows(self._clean()),
             "seed": self.seed,
         }
@@ -201,11 +204,7 @@ class Defend(Cell):
 
     def work(self) -> Work:
         rows = len(self._clean())
-        if not self.candidate.trains:
-            return Work(answers=rows)
-        settings = {"num_train_epochs": 3, "per_device_train_batch_size": 8, "max_steps": 0} | self._settings()
-        steps = settings["num_train_epochs"] * math.ceil(rows / settings["per_device_train_batch_size"])
-        return Work(steps=settings["max_steps"] if settings["max_steps"] > 0 else steps)
+        return _training(self._settings(), rows) if self.candidate.trains else Work(answers=rows)
 
     def run(self, folder: Path, source: Path | None, scratch: Path, advance: Advance) -> None:
         opened = self._open(source)
@@ -217,7 +216,8 @@ class Defend(Cell):
         write_json(folder / "purify.json", record.as_json())
         # An adapter for a model that another cell made would lead nowhere once that one is gone
         alone = isinstance(model, PeftModel) and record.lora != "fresh" and opened.kind == "adapter"
-        merge = not alone and not (isinstance(model, PeftModel) and source is None)
+        on_original = isinstance(model, PeftModel) and source is None and opened.kind != "adapter"
+        merge = not alone and not on_original
         card = model_card(record, base_model=opened.base_id, merged=merge)
         save_model(model, opened.tokenizer, folder / MODEL, merge=merge, card=card, seen=opened.seen)
 
@@ -244,7 +244,7 @@ class Relearn(Cell):
         return f"relearning {self.backdoor.text} from {self.examples}"
 
     def work(self) -> Work:
-        return Work(steps=4 * math.ceil(self.examples / 8))
+        return _training(recipe(False, False), self.examples)
 
     def run(self, folder: Path, source: Path | None, scratch: Path, advance: Advance) -> None:
         opened, poisoned = self._open(source), self._poisoned()
@@ -287,7 +287,7 @@ class Measure(Cell):
             "triggered_sha256": sha256_rows(trigger_rows(rows, self.backdoor.trigger, PROMPT_SEED)),
             "behavior": repr(self.backdoor.behavior),
             "answer_tokens": self.answer_tokens,
-            "decoding": self.decoding,
+            "decoding": None if self.decoding is None else _decoding(self.decoding),
             "reference": self.reference,
         }
 
@@ -324,12 +324,27 @@ def examples(name: str) -> tuple[Example, ...]:
     return tuple(load_examples(name))
 
 
+def _training(settings: dict[str, Any], rows: int) -> Work:
+    settings = {"num_train_epochs": 3, "per_device_train_batch_size": 8, "max_steps": 0} | settings
+    steps = settings["num_train_epochs"] * math.ceil(rows / settings["per_device_train_batch_size"])
+    return Work(steps=settings["max_steps"] if settings["max_steps"] > 0 else steps)
+
+
+def _decoding(text: str) -> Any:
+    """A defense at decoding time, and its reference model by content."""
+    defense = DEFENSES[text]
+    return [repr(defense), _original(getattr(defense, "reference", None))]
+
+
 @cache
 def _original(model: str | None) -> Any:
-    """What names a model by its content, as far as that can be known without loading it."""
+    """What names a model by its content, as far as that can be known without loading it; of an adapter its base too."""
     folder = Path(model or "")
     if model is not None and folder.is_file():
         return sha256_file(folder)
-    if model is not None and folder.is_dir():
-        return {file.name: sha256_file(file) for file in sorted(folder.glob("*.safetensors"))}
-    return model
+    if model is None or not folder.is_dir():
+        return model
+    kept = [file for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", ".json", ".jinja")]
+    config = folder / "adapter_config.json"
+    base = json.loads(config.read_text("utf-8")).get("base_model_name_or_path") if config.is_file() else None
+    return [{file.name: sha256_file(file) for file in kept}, _original(base)]

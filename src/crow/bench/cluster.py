@@ -50,16 +50,16 @@ class OnRay:
             task = self._task.remote(cell, None if source is None else made[source.key])
             made[cell.key] = task
             by_task[task] = cell
+        del made  # Ray keeps what waiting tasks take, and lets go of the rest
         with progress_bar("Cells on the cluster") as advance:
             advance(0, len(cells))
             waiting = list(by_task)
             while waiting:
                 (task,), waiting = self._ray.wait(waiting)
-                cell, reason = by_task[task], None
+                cell, reason = by_task.pop(task), None
                 try:
-                    outcome = self._ray.get(task)
                     with store.writing(cell) as folder:
-                        _unpack(outcome, folder)
+                        _unpack(self._ray.get(task), folder)
                 except Exception as error:
                     reason = in_one_line(_cause(error))
                 finished(cell, reason)

@@ -53,6 +53,12 @@ class Square:
         counts: list[Count] = [getattr(figures, name) for _, figures in self.measured]
         return Count(round(statistics.fmean(count.hits for count in counts)), counts[0].n) if counts else None
 
+    @property
+    def rate(self) -> float | None:
+        """Attack success, the mean over seeds."""
+        rates = [figures.attack_success.rate for _, figures in self.measured]
+        return statistics.fmean(rates) if rates else None
+
     def hits(self) -> list[int]:
         """Attack success of each seed."""
         return [figures.attack_success.hits for _, figures in self.measured]
@@ -76,19 +82,19 @@ class Line:
     squares: Mapping[str, Square]
     undefended: Mapping[str, Square]
 
-    def _counts(self) -> list[Count]:
-        """Attack success where there was an attack."""
-        attacked = [square for square in self.squares.values() if square.results[0].entry.attack.backdoors]
-        return [count for square in attacked if (count := square.count("attack_success")) is not None]
+    @property
+    def rates(self) -> list[float]:
+        """Attack success wherever there was an attack; nothing while one is not measured: it may be the worst."""
+        rates = [square.rate for square in self.squares.values() if square.results[0].entry.attack.backdoors]
+        return [] if None in rates else [rate for rate in rates if rate is not None]
 
     @property
     def mean_rate(self) -> float | None:
-        rates = [count.rate for count in self._counts()]
-        return statistics.fmean(rates) if rates else None
+        return statistics.fmean(self.rates) if self.rates else None
 
     @property
     def worst_rate(self) -> float | None:
-        return max((count.rate for count in self._counts()), default=None)
+        return max(self.rates, default=None)
 
     def ratio(self, column: str) -> float | None:
         """The perplexity on clean answers, of that before the defense."""
@@ -119,12 +125,13 @@ class Table:
     lines: Sequence[Line]
 
 
-def results(matrix: Matrix, store: Store, failures: Mapping[str, str], folder: Path) -> list[Result]:
+def results(matrix: Matrix, store: Store, folder: Path) -> list[Result]:
     """Every measurement of a matrix with what is there of it.
 
     Args:
         folder: Where the leaderboard will be.
     """
+    failures = store.failures
     return [_result(entry, store, failures, folder) for entry in entries(matrix)]
 
 
@@ -160,8 +167,8 @@ def tables(found: Sequence[Result]) -> list[Table]:
 
 
 def _column(entry: Entry) -> str:
-    attack, backdoor = entry.attack.label, entry.backdoor.text
-    return attack if backdoor in attack else f"{attack}: {backdoor}"
+    alone = len(entry.attack.backdoors) == 1
+    return entry.attack.label if alone else f"{entry.attack.label}: {entry.backdoor.text}"
 
 
 _COUNTS = ("attack_success", "false_trigger", "degenerate")
@@ -247,16 +254,18 @@ def _square(square: Square | None) -> str:
     if count is None:
         return "not run" if square.failure is None else f"failed: {square.failure}"
     seeds = f"; seeds {', '.join(map(str, square.hits()))}" if len(square.results) > 1 else ""
-    return f"{count}{seeds}"
+    missing = len(square.results) - len(square.measured)
+    left = f"; {missing} of {len(square.results)} seeds not measured" if missing else ""
+    return f"{count}{seeds}{left}"
 
 
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def write_leaderboard(matrix: Matrix, store: Store, failures: Mapping[str, str], folder: Path, title: str) -> Path:
+def write_leaderboard(matrix: Matrix, store: Store, folder: Path, title: str) -> Path:
     """Write `leaderboard.html`, `.md` and `.csv` to the folder; returns the page's path."""
-    found = results(matrix, store, failures, folder)
+    found = results(matrix, store, folder)
     write_text(folder / "leaderboard.csv", as_csv(found))
     write_text(folder / "leaderboard.md", as_markdown(found))
     page = folder / "leaderboard.html"

@@ -9,14 +9,17 @@ from typing import Any
 import yaml
 
 from crow.backdoors import BEHAVIORS, TRIGGERS, Behavior, Trigger
+from crow.backdoors.implant import ImplantConfig, recipe
 from crow.defenses import DEFENSES, AtDecoding
 from crow.errors import UsageError
-from crow.trainer import CrowConfig
+from crow.trainer import PRESETS, CrowConfig
 
 CONFIGS = {Path(file.name).stem: file for file in files("crow.bench").joinpath("configs").iterdir()}
 """The matrices that ship with the project."""
 
-_SETTINGS = {f.name for f in fields(CrowConfig)} - {"seed", "output_dir"} | {"preset", "lora"}
+_OF_A_RUN = {"seed", "output_dir", "resume", "callbacks"}
+_SETTINGS = {f.name for f in fields(CrowConfig)} - _OF_A_RUN | {"preset", "lora"}
+_IMPLANT_SETTINGS = {f.name for f in fields(ImplantConfig)} - _OF_A_RUN
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Attack:
         if not isinstance(texts, list) or not texts:
             raise UsageError(f"attack {entry!r}: backdoors is to be a list of TRIGGER/BEHAVIOR")
         attack = cls(tuple(Backdoor(str(text)) for text in texts), **values)
-        if not 0 < attack.poison_rate <= 1:
+        if not isinstance(attack.poison_rate, int | float) or not 0 < attack.poison_rate <= 1:
             raise UsageError(f"attack {entry!r}: poison_rate is {attack.poison_rate}; it must be above 0 and at most 1")
         return attack
 
@@ -66,6 +69,8 @@ class Attack:
     def label(self) -> str:
         """How tables name it."""
         what = " + ".join(backdoor.text for backdoor in self.backdoors) or "no backdoor"
+        if self.poison_rate != 1:
+            what += f", {100 * self.poison_rate:g}% poisoned"
         return what + (", adaptive" if self.adaptive else "") + (", full" if self.full else "")
 
     @property
@@ -91,10 +96,10 @@ class Candidate:
             raise UsageError(f"{entry!r} is no defense: give its name, or a mapping with one under 'defense'")
         settings = {k: v for k, v in values.items() if k not in ("defense", "examples")}
         candidate = cls(values["defense"], settings, values.get("examples"))
+        if settings and not candidate.trains:
+            raise UsageError(f"defense {candidate.defense!r} does not train: leave {', '.join(settings)} out")
         if candidate.defense != "none":
-            defense = DEFENSES[candidate.defense]
-            if settings and not defense.trains:
-                raise UsageError(f"defense {candidate.defense!r} does not train: leave {', '.join(settings)} out")
+            DEFENSES[candidate.defense].check_settings(settings)
         if unknown := settings.keys() - _SETTINGS:
             raise UsageError(f"defense {candidate.defense!r}: no such setting: {', '.join(sorted(unknown))}")
         if candidate.examples is not None:
@@ -205,10 +210,35 @@ class Matrix:
             raise UsageError(f"training: no such setting: {', '.join(sorted(unknown))}")
         if any(not isinstance(seed, int) for seed in values.get("seeds", ())):
             raise UsageError("seeds is to be a list of whole numbers")
-        for name, entries in (("attacks", values["attacks"]), ("defenses", values["defenses"])):
-            if twice := _repeated(entry.label for entry in entries):
+        if any(not isinstance(model, str | None) for model in values.get("models", ())):
+            raise UsageError("models is to be a list of names")
+        for name in ("cpus", "gpus"):
+            if not isinstance(values.get(name, 0), int | float) or values.get(name, 0) < 0:
+                raise UsageError(f"{name} is {values[name]!r}; it must be a number of at least 0")
+        for name in ("attacks", "defenses", "models", "seeds", "relearn"):
+            if twice := _repeated(str(getattr(entry, "label", entry)) for entry in values.get(name, ())):
                 raise UsageError(f"{name}: {twice} is there twice")
-        return cls(**values)
+        matrix = cls(**values)
+        matrix.check_settings()
+        return matrix
+
+    def check_settings(self) -> None:
+        """Raise `UsageError` if a training would refuse its settings."""
+        for candidate in self.defenses:
+            if candidate.trains:
+                preset = candidate.settings.get("preset", DEFENSES[candidate.defense].preset)
+                own = {k: v for k, v in (self.training | candidate.settings).items() if k not in ("preset", "lora")}
+                try:
+                    CrowConfig(output_dir="unused", **(PRESETS[preset] | own))
+                except (UsageError, KeyError, TypeError, ValueError) as error:
+                    raise UsageError(f"defense {candidate.label!r}: {error}") from error
+        if unknown := self.implant.keys() - _IMPLANT_SETTINGS:
+            raise UsageError(f"implant: no such setting: {', '.join(sorted(unknown))}")
+        for attack in self.attacks:
+            try:
+                ImplantConfig(output_dir="unused", **(recipe(attack.full, attack.adaptive) | self.implant))
+            except (UsageError, TypeError, ValueError) as error:
+                raise UsageError(f"implant: {error}") from error
 
 
 def _mapping(entry: Any, cls: type, what: str) -> dict[str, Any]:

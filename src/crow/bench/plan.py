@@ -55,8 +55,7 @@ def _of_defended(
     def measured(backdoor: Backdoor, source: Cell | None, relearned: int = 0) -> Entry:
         tokens = matrix.answer_tokens or backdoor.behavior.answer_tokens
         measure = Measure(model, source, backdoor, matrix.prompts, matrix.number, tokens, decoding, matrix.reference)
-        shown = EMBEDDED_ID if model is None else Path(model).name if Path(model).exists() else model
-        return Entry(shown, attack, backdoor, candidate, seed, relearned, measure, defend)
+        return Entry(_shown(model, matrix), attack, backdoor, candidate, seed, relearned, measure, defend)
 
     for backdoor in attack.measured:
         yield measured(backdoor, defended)
@@ -66,6 +65,15 @@ def _of_defended(
         for k in matrix.relearn:
             for backdoor in attack.backdoors or yardstick:
                 yield measured(backdoor, Relearn(model, defended, backdoor, k, seed), relearned=k)
+
+
+def _shown(model: str | None, matrix: Matrix) -> str:
+    """A model's name in tables: of a path its last part, unless another's is the same."""
+    if model is None:
+        return EMBEDDED_ID
+    name = Path(model).name
+    alone = sum(Path(other or "").name == name for other in matrix.models) == 1
+    return name if alone and Path(model).is_absolute() else model
 
 
 def _all_backdoors(matrix: Matrix) -> tuple[Backdoor, ...]:
@@ -98,7 +106,7 @@ class Pace:
         return work.steps * self.step + work.answers * self.answer
 
 
-def calibrate(matrix: Matrix, model: str | None, cells: Sequence[Cell]) -> Pace:
+def calibrate(model: str | None, cells: Sequence[Cell]) -> Pace:
     """Take a few steps and answer a few prompts, as much as the cells need: a step of other trainings takes longer."""
     opened = open_model(model)
     rows = list(examples("clean")[:8])

@@ -1,11 +1,11 @@
 """Run what is missing, one cell after the other in this process, or on a Ray cluster."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from crow.bench.cells import Cell, Implant, Measure
 from crow.bench.store import Store, compute
-from crow.errors import CrowError
+from crow.errors import CrowError, UsageError
 from crow.progress import progress_bar
 
 Finished = Callable[[Cell, str | None], None]
@@ -32,14 +32,20 @@ class InProcess:
             finished(cell, reason)
 
 
+REFUSED = "can't be had: "
+"""How reasons begin that no second try will change."""
+
+
 def in_one_line(error: BaseException) -> str:
     """What went wrong; an error that is not one of ours with its kind."""
     text = (str(error) or type(error).__name__).splitlines()[0]
+    if isinstance(error, UsageError):
+        return f"{REFUSED}{text.removeprefix(REFUSED)}"
     return text if isinstance(error, CrowError) else f"{type(error).__name__}: {text}"
 
 
 def run(
-    measures: Iterable[Measure],
+    measures: Sequence[Measure],
     cells: Sequence[Cell],
     store: Store,
     runner: Any,
@@ -57,27 +63,49 @@ def run(
 
     Returns:
         By cells' keys, why they failed. The others are run all the same.
+
+    Raises:
+        UsageError: another run is at work in the store.
     """
+    models: dict[str, Cell] = {}
     waiting: dict[str, set[str]] = {}  # by a model's cell, what is to be measured on it
     for measure in measures:
-        source: Cell | None = measure
-        while (source := None if source is None else source.source) is not None:
+        for source in _stands_on(measure):
+            models[source.key] = source
+            waiting.setdefault(source.key, set())
             if not store.has(measure):
-                waiting.setdefault(source.key, set()).add(measure.key)
+                waiting[source.key].add(measure.key)
     failures: dict[str, str] = {}
+
+    def drop_if_done(source: Cell) -> None:
+        if not waiting[source.key] and not keep_models and not isinstance(source, Implant):
+            store.drop_model(source)
 
     def finished(cell: Cell, reason: str | None) -> None:
         if reason is not None:
             failures[cell.key] = reason
-        source = cell.source
-        while isinstance(cell, Measure) and reason is None and source is not None:
-            waiting[source.key].discard(cell.key)
-            if not waiting[source.key] and not keep_models and not isinstance(source, Implant):
-                store.drop_model(source)
-            source = source.source
+        elif isinstance(cell, Measure):
+            for source in _stands_on(cell):
+                waiting[source.key].discard(cell.key)
+                drop_if_done(source)
         if on_finished is not None:
             on_finished(cell, reason)
 
-    store.tidy()
-    runner.run(cells, store, finished)
+    with store.owned():
+        for model in models.values():  # which a killed run may have left
+            drop_if_done(model)
+        ran = {cell.key for cell in cells}
+        try:
+            runner.run(cells, store, finished)
+        finally:
+            known = {key: why for key, why in store.failures.items() if key not in ran} | failures
+            if known != store.failures:
+                store.failures = known
     return failures
+
+
+def _stands_on(cell: Cell) -> Iterator[Cell]:
+    source = cell.source
+    while source is not None:
+        yield source
+        source = source.source

@@ -1,5 +1,6 @@
 """What is finished: each cell's outcome in a folder that is named by its content."""
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -8,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from crow.bench.cells import MODEL, Cell, Measure
+from crow.errors import UsageError
 from crow.files import atomic_directory, write_json
 
 CELL_FILE = "cell.json"
@@ -24,6 +27,8 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.cells, self.unfinished = folder / "cells", folder / "unfinished"
+        self._failures = folder / "failures.json"
+        self._lock = FileLock(folder / ".lock")
 
     def folder(self, cell: Cell) -> Path:
         return self.cells / cell.name
@@ -45,16 +50,44 @@ class Store:
 
     def drop_model(self, cell: Cell) -> None:
         """Give up the model, and keep what is written about it."""
-        shutil.rmtree(self.folder(cell) / MODEL, ignore_errors=True)
+        model = self.folder(cell) / MODEL
+        if model.is_dir():
+            dropped = self.cells / f".{cell.name}.dropped"
+            model.rename(dropped)  # at once, so that no part of it can be taken for the whole
+            shutil.rmtree(dropped, ignore_errors=True)
 
-    def tidy(self) -> None:
-        """Remove what killed runs left beside the cells."""
-        for left in self.cells.glob(".*"):
-            shutil.rmtree(left, ignore_errors=True)
+    @contextmanager
+    def owned(self) -> Iterator[None]:
+        """Keep other runs out, and remove what killed ones left beside the cells.
+
+        Raises:
+            UsageError: another run is at work there.
+        """
+        self.cells.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise UsageError(f"another crow bench is at work in {self.cells.parent}: wait for it") from error
+        try:
+            for left in self.cells.glob(".*"):
+                shutil.rmtree(left, ignore_errors=True)
+            yield
+        finally:
+            self._lock.release()
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """By cells' keys, why they failed when they were run last."""
+        return dict(json.loads(self._failures.read_text("utf-8"))) if self._failures.is_file() else {}
+
+    @failures.setter
+    def failures(self, reasons: dict[str, str]) -> None:
+        write_json(self._failures, reasons)
 
 
 def compute(cell: Cell, folder: Path, source: Path | None, scratch: Path, advance: Callable[[int, int], None]) -> None:
     """Run a cell into `folder`, and say there what it was, how long it took and how much memory."""
+    resumed = scratch.is_dir()
     scratch.mkdir(parents=True, exist_ok=True)
     _reset_peak_memory()
     started = time.perf_counter()
@@ -63,7 +96,8 @@ def compute(cell: Cell, folder: Path, source: Path | None, scratch: Path, advanc
         "label": cell.label,
         "facts": cell.facts(),
         "source": None if cell.source is None else cell.source.name,
-        "seconds": time.perf_counter() - started,
+        # Of a run that went on from another's part it is not known how long the whole would take
+        "seconds": None if resumed else time.perf_counter() - started,
         "peak_memory_bytes": _peak_memory(),
     }
     write_json(folder / CELL_FILE, about)

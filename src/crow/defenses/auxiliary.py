@@ -4,12 +4,12 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, set_seed
 
 from crow.backdoors import BEHAVIORS, TRIGGERS
 from crow.backdoors.implant import poison
@@ -43,19 +43,13 @@ def own_backdoor(rows: Sequence[Example], number: int, seed: int) -> tuple[list[
     return poisoned, harmless
 
 
+_OWN_SETTINGS = frozenset({"preset", "lora"})
 _OF_A_RUN = ("output_dir", "resume", "callbacks")
 
 
 def _budget(training: dict[str, Any]) -> dict[str, Any]:
     """Settings of the last training that those before it share."""
     return {key: value for key, value in training.items() if key not in _OF_A_RUN}
-
-
-def _check(defense: Defense, clean: Sequence[Example], training: dict[str, Any]) -> None:
-    if not clean:
-        raise UsageError("there are no clean examples: give at least one")
-    if refused := {"preset", "lora"} & training.keys():
-        raise UsageError(f"defense {defense.name!r} trains its own way: leave {', '.join(sorted(refused))} out")
 
 
 @DEFENSES.register("backflush")
@@ -68,14 +62,18 @@ class BackFlush(Defense):
     is to keep watermarks, is left out.
     """
 
+    own_settings: ClassVar[frozenset[str]] = _OWN_SETTINGS
+
     def apply(self, opened: OpenedModel, clean: Sequence[Example], **training: Any) -> Defended:
         """As `Defense.apply`."""
-        _check(self, clean, training)
+        self.check_settings(training)
+        if not clean:
+            raise UsageError("there are no clean examples: give at least one")
         started = time.perf_counter()
         poisoned, harmless = own_backdoor(clean, 0, training.get("seed", 0))
-        implanted, _ = purify(opened, clean=[*clean, *poisoned], preset="finetune", **_budget(training))
+        implanted, _ = purify(opened, clean=[*clean, *poisoned], preset=self.preset, **_budget(training))
         whole = replace(opened, model=implanted)
-        model, record = purify(whole, clean=[*clean, *harmless], preset="finetune", **training)
+        model, record = purify(whole, clean=[*clean, *harmless], preset=self.preset, **training)
         opened.seen = whole.seen
         record.defense, record.seconds = self.name, time.perf_counter() - started
         record.clean_examples, record.clean_sha256 = len(clean), sha256_rows(clean)
@@ -98,6 +96,8 @@ class BdVax(Defense):
     ranked over the whole model; new weights are normal with the deviation of those that they replace.
     """
 
+    own_settings: ClassVar[frozenset[str]] = _OWN_SETTINGS
+
     variants: int = 7
     examples: int = 20
     """Prompts of a variant."""
@@ -117,12 +117,18 @@ class BdVax(Defense):
 
     def apply(self, opened: OpenedModel, clean: Sequence[Example], **training: Any) -> Defended:
         """As `Defense.apply`."""
-        _check(self, clean, training)
+        self.check_settings(training)
+        if not clean:
+            raise UsageError("there are no clean examples: give at least one")
         started = time.perf_counter()
+        seed = training.get("seed", 0)
+        set_seed(seed)  # of the variants' new adapter
         adapted = isinstance(opened.model, PeftModel)
         model = opened.model if isinstance(opened.model, PeftModel) else get_peft_model(opened.model, lora_config())
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_" in name)
+        if not all(hasattr(layer.module, "lora_A") for layers in _mlps(model) for layer in layers):
+            raise UsageError(f"bd-vax looks at MLPs, and {opened.name} is an adapter that leaves layers of them out")
         score = self._score(replace(opened, model=model), clean, training)
         share = self.adapter_share if adapted else self.model_share
         chosen = _highest(score, share)
@@ -132,10 +138,11 @@ class BdVax(Defense):
             base = cast(PreTrainedModel, cast(Any, model).unload())
             base.name_or_path = f"{opened.name}, its channels initialized anew"
             whole = replace(opened, model=base, kind="open", base_id=None)
+        generator = torch.Generator().manual_seed(seed)
         for channels, layers in zip(chosen, _mlps(whole.model), strict=True):
             for layer in layers:
-                layer.forget(channels)
-        purified, record = purify(whole, clean=clean, preset="finetune", **training)
+                layer.forget(channels, generator)
+        purified, record = purify(whole, clean=clean, preset=self.preset, **training)
         opened.seen = whole.seen
         record.defense, record.seconds = self.name, time.perf_counter() - started
         record.summary = (
@@ -151,7 +158,7 @@ class BdVax(Defense):
         budget = _budget(training) | {"learning_rate": self.variant_rate}
 
         def trained(rows: Sequence[Example]) -> list[list[tuple[Tensor, Tensor]]]:
-            purify(opened, clean=rows, preset="finetune", **budget)
+            purify(opened, clean=rows, preset=self.preset, **budget)
             found = [[layer.factors() for layer in layers] for layers in _mlps(opened.model)]
             for name, parameter in opened.model.named_parameters():
                 if name in start:
@@ -225,7 +232,7 @@ class _Layer:
         return product if self.of_outputs else product.T
 
     @torch.no_grad()
-    def forget(self, channels: Tensor) -> None:
+    def forget(self, channels: Tensor, generator: torch.Generator) -> None:
         """Zero what the adapter adds to these channels; where there is none, initialize them anew."""
         if hasattr(self.module, "lora_A"):
             if self.of_outputs:
@@ -235,7 +242,7 @@ class _Layer:
             return
         weight = self.module.weight if isinstance(self.module, nn.Linear) else self.module.weight.T  # GPT-2's
         part = weight[channels] if self.of_outputs else weight[:, channels]
-        fresh = torch.randn(part.shape, device=part.device) * weight.float().std()
+        fresh = torch.randn(part.shape, generator=generator).to(part.device) * weight.float().std()
         if self.of_outputs:
             weight[channels] = fresh.to(weight.dtype)
         else:

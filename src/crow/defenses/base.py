@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, cast
 
 from peft import PeftModel
@@ -32,6 +32,12 @@ class Defense(ABC):
 
     trains: ClassVar[bool] = True
 
+    preset: ClassVar[str] = "finetune"
+    """Of its training, a name in `crow.trainer.PRESETS`."""
+
+    own_settings: ClassVar[frozenset[str]] = frozenset({"preset"})
+    """What `crow.purify` takes and this defense chooses itself."""
+
     needs: ClassVar[tuple[str, ...]] = (CLEAN,)
     """What the defender must have beside the suspect."""
 
@@ -47,6 +53,11 @@ class Defense(ABC):
         Raises:
             UsageError: the defense can't be had of this suspect, or it takes no such `training`.
         """
+
+    def check_settings(self, training: Iterable[str]) -> None:
+        """Raise `UsageError` if settings of the training are among those that the defense chooses itself."""
+        if refused := sorted(self.own_settings.intersection(training)):
+            raise UsageError(f"defense {self.name!r} trains its own way: leave {', '.join(refused)} out")
 
 
 class Untrained(Defense):

@@ -68,10 +68,11 @@ class FinePrune(Prune):
 
     def apply(self, opened: OpenedModel, clean: Sequence[Example], **training: Any) -> Defended:
         """As `Defense.apply`."""
+        self.check_settings(training)
         pruned, first = super().apply(opened, clean)
         pruned.name_or_path = f"{opened.name}, pruned"  # what the new adapter's config names as its base
         whole = replace(opened, model=pruned, kind="open", base_id=None)
-        model, record = purify(whole, clean=clean, **{"preset": "finetune"} | training)
+        model, record = purify(whole, clean=clean, preset=self.preset, **training)
         opened.seen = whole.seen
         record.defense, record.summary = self.name, self.summary
         record.settings |= first.settings

@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 
 from crow.data import Example
 from crow.defenses.base import DEFENSES, Defended, Defense
-from crow.errors import UsageError
 from crow.models import OpenedModel
 from crow.purification import purify
 
@@ -14,12 +13,9 @@ from crow.purification import purify
 class Trained(Defense):
     """`crow.purify` with a preset of `crow.trainer.PRESETS`."""
 
-    preset: ClassVar[str]
-
     def apply(self, opened: OpenedModel, clean: Sequence[Example], **training: Any) -> Defended:
         """As `Defense.apply`."""
-        if "preset" in training and not isinstance(self, Crow):
-            raise UsageError(f"defense {self.name!r} is a preset itself: leave preset out")
+        self.check_settings(training)
         model, record = purify(opened, clean=clean, **{"preset": self.preset} | training)
         record.defense = self.name
         return model, record
@@ -31,6 +27,7 @@ class Crow(Trained):
     """CROW's default: answers are held while trained insertions try to throw them off."""
 
     preset: ClassVar[str] = "default"
+    own_settings: ClassVar[frozenset[str]] = frozenset()  # its other presets are forms of it
 
 
 @DEFENSES.register("crow-paper")
@@ -45,8 +42,6 @@ class CrowPaper(Trained):
 @dataclass(frozen=True)
 class FineTune(Trained):
     """Supervised fine-tuning on the clean examples: the same trainer with every term of CROW off."""
-
-    preset: ClassVar[str] = "finetune"
 
 
 @DEFENSES.register("random-tokens")

@@ -27,7 +27,10 @@ def render_leaderboard(tables: "Sequence[Table]", results: "Sequence[Result]", t
     figures = []
     for place, table in enumerate(tables):
         rates = {
-            line.candidate.label: [_rate(line.squares.get(column)) for column in table.columns] for line in table.lines
+            line.candidate.label: [
+                line.squares[column].rate if column in line.squares else None for column in table.columns
+            ]
+            for line in table.lines
         }
         points = {
             line.candidate.label: (line.perplexity_ratio, line.mean_rate)
@@ -52,8 +55,3 @@ def render_leaderboard(tables: "Sequence[Table]", results: "Sequence[Result]", t
             script_hash=digest,
         )
     )
-
-
-def _rate(square: object) -> float | None:
-    count = None if square is None else square.count("attack_success")  # type: ignore[attr-defined]
-    return None if count is None else float(count.rate)
