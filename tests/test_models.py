@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from conftest import MakeModel, save_folder, scatter_lora, tiny_model
 from peft import IA3Config, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -236,7 +238,7 @@ def test_an_adapter_of_another_model_is_refused(
     adapter_folder: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     other = save_folder(tiny_model("llama", len(tokenizer), hidden_size=32), tokenizer, tmp_path / "other")
-    refused(adapter_folder, "cannot open .*suspect: ", base=other)
+    refused(adapter_folder, "cannot open .*suspect: size mismatch for .*lora_A", base=other)
 
 
 def test_a_base_for_what_is_no_adapter_is_refused(llama_folder: Path) -> None:
@@ -249,6 +251,53 @@ def test_a_broken_adapter_config_is_refused(adapter_folder: Path, tmp_path: Path
     shutil.copytree(adapter_folder, folder)
     (folder / "adapter_config.json").write_text("{")
     refused(folder, "broken")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"r": 10**6}, "its config says rank 1000000, its weights have 8 at most"),
+        ({"rank_pattern": {"q_proj": 10**6}}, "its config says rank 1000000, its weights have 8 at most"),
+        ({"r": "many"}, "cannot open"),
+        ({"r": None}, "cannot open"),
+    ],
+)
+def test_an_adapter_that_asks_for_more_room_than_it_fills_is_refused(
+    change: dict[str, Any], message: str, adapter_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "greedy"
+    shutil.copytree(adapter_folder, folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | change))
+    monkeypatch.setattr(PeftModel, "from_pretrained", None)  # it is not asked
+    refused(folder, message)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("kind", ["model", "adapter"])
+def test_weights_that_are_not_finite_are_named(
+    kind: str, value: float, adapter_folder: Path, llama_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(llama_folder if kind == "model" else adapter_folder, folder)
+    (file,) = folder.glob("*.safetensors")
+    weights = load_file(file)
+    name = next(name for name in weights if "down_proj" in name)
+    weights[name][3, 2] = value
+    save_file(weights, file, metadata={"format": "pt"})
+    refused(folder, "is damaged: .*down_proj.* holds values that are not finite")
+
+
+@pytest.mark.parametrize("left", [0, 5, 5000])
+@pytest.mark.parametrize("kind", ["model", "adapter"])
+def test_cut_off_weights_are_refused(
+    kind: str, left: int, adapter_folder: Path, llama_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "cut"
+    shutil.copytree(llama_folder if kind == "model" else adapter_folder, folder)
+    (file,) = folder.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:left])
+    refused(folder, "cannot open .*cut: ")
 
 
 # Writing

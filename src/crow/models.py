@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, distribution
@@ -12,6 +13,7 @@ from typing import Any, TypeVar, cast
 import torch
 from accelerate import PartialState
 from peft import LoraConfig, PeftModel
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -104,9 +106,14 @@ def open_model(source: str | Path | None = None, *, base: str | Path | None = No
     comes back trainable, on a frozen base. The model is on the device that accelerate chooses: a GPU, if there is one.
 
     Raises:
-        UsageError: there is no such model, it is not decoder-only, or its weights are pickled.
+        UsageError: there is no such model, it is not decoder-only, its weights are pickled or not finite, or an adapter
+            does not fit its base.
     """
     opened = _open(source, base)
+    for name, weight in opened.model.named_parameters():
+        new = opened.kind != "adapter" or "lora_" in name  # an adapter's base was looked at when it was opened
+        if new and not weight.is_meta and not torch.isfinite(weight).all():
+            raise UsageError(f"{opened.name} is damaged: {name} holds values that are not finite; get it anew")
     opened.model.to(PartialState().device)
     return opened
 
@@ -247,11 +254,22 @@ def _open_adapter(path: Path, name: str, base: str | Path | None) -> OpenedModel
     base = base if base is not None else config.get("base_model_name_or_path")
     if not base:
         raise UsageError(f"{path} does not name its base model: give it with --base")
+    file = path / "adapter_model.safetensors"
+    _load(name, lambda: _check_rank(file, config))
     opened = open_model(base)
     model = _load(name, lambda: PeftModel.from_pretrained(opened.causal_lm, str(path), is_trainable=True))
-    file = path / "adapter_model.safetensors"
     hashes = {file.name: sha256_file(file)} | {f"base {k}": v for k, v in opened.hashes.items()}
     return OpenedModel(model, opened.tokenizer, name, "adapter", hashes, opened.base_id, opened.seen | _seen(path))
+
+
+def _check_rank(file: Path, config: dict[str, Any]) -> None:
+    """Refuse an adapter whose config promises a higher rank than its weights have: PEFT makes room for that first."""
+    with safe_open(file, framework="pt") as weights:
+        names = [name for name in weights.keys() if re.search("lora_.*A", name)]  # noqa: SIM118, it is no mapping
+        held = max((weights.get_slice(name).get_shape()[0] for name in names), default=0)
+    promised = max([config["r"], *(config.get("rank_pattern") or {}).values()])
+    if promised > held:
+        raise UsageError(f"{file.parent} is broken: its config says rank {promised}, its weights have {held} at most")
 
 
 def _seen(folder: Path) -> frozenset[str]:
@@ -320,8 +338,9 @@ def _load(name: str, load: Callable[[], T]) -> T:
     except CrowError:
         raise
     except Exception as error:
-        first = (str(error) or type(error).__name__).splitlines()[0]
-        raise UsageError(f"cannot open {name}: {first}") from error
+        lines = (str(error) or type(error).__name__).splitlines()
+        told = next((line.strip() for line in lines if "size mismatch" in line), lines[0])
+        raise UsageError(f"cannot open {name}: {told}") from error
 
 
 def _with_template(tokenizer: Any, name: str) -> PreTrainedTokenizerBase:
