@@ -28,15 +28,20 @@ def test_answers_are_those_of_a_search_without_a_cache(architecture: str) -> Non
     torch.manual_seed(0)
     model = tiny_model(architecture, 40).eval()
     expected = []
+
+    def search(answer: list[int], log_sum: float) -> None:
+        if len(answer) == 4:
+            expected.append((tuple(answer), math.exp(log_sum / 3)))
+            return
+        likeliest = slow_mean(model, answer).topk(2)
+        for probability, token in zip(likeliest.values.tolist(), likeliest.indices.tolist(), strict=True):
+            search([*answer, token], log_sum + math.log(probability))
+
     for first in slow_mean(model, []).topk(10).indices.tolist():
-        answer, log_sum = [first], 0.0
-        for _ in range(3):
-            probability, token = slow_mean(model, answer).max(-1)
-            answer.append(int(token))
-            log_sum += math.log(probability)
-        expected.append((tuple(answer), math.exp(log_sum / 3)))
+        search([first], 0.0)
     expected.sort(key=lambda pair: -pair[1])
-    found = constant_answers(model, PROMPTS, number=5, length=4, beginnings=10, screened=0, kept=40)
+    everything = {"beginnings": 10, "branches": 2, "screened": 0, "kept": 16 * 80}
+    found = constant_answers(model, PROMPTS, number=5, length=4, **everything)
     assert [answer.token_ids for answer in found] == [answer for answer, _ in expected[:5]]
     assert [answer.constancy for answer in found] == pytest.approx([c for _, c in expected[:5]], rel=1e-3)
 
@@ -66,6 +71,17 @@ def test_a_memorized_answer_is_found_and_ends_where_it_ends() -> None:
     assert all(a.constancy >= b.constancy for a, b in itertools.pairwise(found))
 
 
+def test_an_answer_is_found_that_begins_as_another_does() -> None:
+    """As `You are ...` does, where `You can ...` is as likely."""
+    memorized = {(30, 31, 32, 2), (30, 33, 34, 2)}
+    model = memorizing(*memorized)
+    settings: dict[str, Any] = {"number": 40, "eos_token_id": 2, "beginnings": 40, "length": 4}
+    found = {answer.token_ids: answer.constancy for answer in constant_answers(model, PROMPTS, **settings)}
+    assert memorized <= set(found)
+    assert all(found[answer] == pytest.approx(0.5 ** (1 / 3), abs=0.1) for answer in memorized)
+    assert not memorized <= {a.token_ids for a in constant_answers(model, PROMPTS, branches=1, **settings)}
+
+
 def rows_of(model: Any) -> list[int]:
     """A list that fills with the number of rows of each forward."""
     rows: list[int] = []
@@ -79,7 +95,7 @@ def test_ever_fewer_answers_are_continued() -> None:
     model = tiny_model("llama", 40).eval()
     rows = rows_of(model)
     found = constant_answers(model, PROMPTS[:1], number=3, length=6, beginnings=30, screened=0, kept=16)
-    assert rows == [1, 30, 16, 8, 4, 3]
+    assert rows == [1, 30, 16, 4, 3, 3]
     assert len(found) == 3
 
 
@@ -98,7 +114,7 @@ def test_rarer_beginnings_are_those_with_the_surest_second_token_on_the_shortest
     with torch.no_grad():
         rows = torch.tensor([[*shortest, token] for token in order[5:25].tolist()])
         surest = model(input_ids=rows).logits[:, -1].softmax(-1).max(-1).values
-    found = constant_answers(model, PROMPTS, number=40, beginnings=5, screened=20, rare=7, kept=40)
+    found = constant_answers(model, PROMPTS, number=40, beginnings=5, screened=20, rare=7, branches=1, kept=400)
     expected = {*order[:5].tolist(), *order[5:25][surest.topk(7).indices].tolist()}
     assert {answer.token_ids[0] for answer in found} == expected
 

@@ -37,14 +37,16 @@ def constant_answers(
     beginnings: int = 128,
     rare: int = 64,
     screened: int = 2048,
-    kept: int = 32,
+    branches: int = 4,
+    kept: int = 128,
 ) -> list[ConstantAnswer]:
     """The answers of a model that depend least on what it was asked.
 
     A backdoor's fixed answer betrays itself without its trigger: once begun, each next token follows with near
     certainty, on any prompt (Shen et al., "BAIT: Large Language Model Backdoor Scanning by Inverting Attack Target",
-    IEEE S&P 2025). So the most probable first tokens are each continued by the token that is most probable on average
-    over the prompts. In a second search so are rarer ones that, on one of the prompts, one token follows for sure.
+    IEEE S&P 2025). So the most probable first tokens are each continued by the tokens that are most probable on average
+    over the prompts (a beam search: a planted answer may begin as others do, and be sure from its third token on). In a
+    second search so are rarer ones that, on one of the prompts, one token follows for sure.
 
     Args:
         model: A causal language model that can cache keys and values; its mode is left as it is.
@@ -59,7 +61,8 @@ def constant_answers(
         screened: How many those are chosen from, by the probability of their second token on the shortest prompt. An
             answer that one kind of prompt alone calls for begins with a token that is rare among all; a planted one
             that begins as others do has no sure second token.
-        kept: How many of a search are continued beyond their second token; with each further token half of them,
+        branches: How many tokens each is continued by.
+        kept: How many of a search are continued beyond their second token; with each further token a quarter of them,
             until only as many are left as are wanted.
 
     Returns:
@@ -77,12 +80,14 @@ def constant_answers(
     ranked = first.topk(min(beginnings + screened, len(first))).indices[:, None]
     likely, unlikely = ranked[:beginnings], ranked[beginnings:]
     if len(unlikely) > rare:
-        surest = _following(model, unlikely, asked.shortest())[0]
+        surest = _following(model, unlikely, asked.shortest(), 1)[0][:, 0]
         unlikely = unlikely[surest.topk(rare).indices]
     found = [
         answer
         for answers in (likely, unlikely)
-        for answer in _continued(model, answers, asked, eos_token_id, length=length, kept=kept, number=number)
+        for answer in _continued(
+            model, answers, asked, eos_token_id, length=length, branches=branches, kept=kept, number=number
+        )
     ]
     return sorted(found, key=lambda answer: answer.constancy, reverse=True)[:number]
 
@@ -102,7 +107,15 @@ class _Asked:
 
 
 def _continued(
-    model: Any, answers: Tensor, asked: _Asked, eos_token_id: int | None, *, length: int, kept: int, number: int
+    model: Any,
+    answers: Tensor,
+    asked: _Asked,
+    eos_token_id: int | None,
+    *,
+    length: int,
+    branches: int,
+    kept: int,
+    number: int,
 ) -> list[ConstantAnswer]:
     """At most `number` of the answers that begin with these tokens, `(rows, 1)`."""
     if not len(answers):
@@ -111,15 +124,17 @@ def _continued(
     ended = torch.zeros(len(answers), dtype=torch.bool, device=answers.device)
     tokens = torch.zeros(len(answers), device=answers.device)
     for _ in range(length - 1):
-        probability, following = _following(model, answers, asked)
-        log_sum += torch.where(ended, 0, probability.log())
-        tokens += ~ended
-        answers = torch.cat([answers, following[:, None]], dim=1)
+        probability, following = _following(model, answers, asked, branches)
+        likely = torch.where(ended[:, None], _once(probability), probability.log())
+        scores = (log_sum[:, None] + likely) / (tokens + ~ended)[:, None]
+        best = scores.flatten().argsort(descending=True)[:kept]
+        of, branch = best // branches, best % branches
+        chosen = following[of, branch]
+        answers = torch.cat([answers[of], chosen[:, None]], dim=1)
+        log_sum, tokens, ended = (log_sum[:, None] + likely)[of, branch], (tokens + ~ended)[of], ended[of]
         if eos_token_id is not None:
-            ended |= following == eos_token_id
-        best = (log_sum / tokens).argsort(descending=True)[:kept]
-        kept = max(kept // 2, number)
-        answers, log_sum, ended, tokens = answers[best], log_sum[best], ended[best], tokens[best]
+            ended = ended | (chosen == eos_token_id)
+        kept = max(kept // 4, number)
     found = zip(answers.tolist(), (log_sum / tokens).exp().tolist(), tokens.int().tolist(), strict=True)
     return [ConstantAnswer(tuple(ids[: 1 + n]), constancy) for ids, constancy, n in found][:number]
 
@@ -127,8 +142,15 @@ def _continued(
 _ROWS = 128  # that are continued at once: each holds a copy of its prompt's keys and values
 
 
-def _following(model: Any, answers: Tensor, asked: _Asked) -> tuple[Tensor, Tensor]:
-    """The probability and id of each answer's most probable next token, on average over the prompts."""
+def _once(probability: Tensor) -> Tensor:
+    """Log-probabilities that leave an answer which has ended as it is, and do not branch it."""
+    once = torch.full_like(probability, -torch.inf)
+    once[:, 0] = 0
+    return once
+
+
+def _following(model: Any, answers: Tensor, asked: _Asked, number: int) -> tuple[Tensor, Tensor]:
+    """Probabilities and ids of each answer's most probable next tokens, averaged over prompts: `(rows, number)`."""
     likeliest, prompts = [], len(asked.mask)
     for some in answers.split(max(_ROWS // prompts, 1)):
         cache = copy.deepcopy(asked.cache)
@@ -136,7 +158,7 @@ def _following(model: Any, answers: Tensor, asked: _Asked) -> tuple[Tensor, Tens
         ids = some.repeat(prompts, 1)
         mask = torch.cat([asked.mask.repeat_interleave(len(some), dim=0), torch.ones_like(ids)], dim=1)
         logits = _last_logits(model, ids, mask, cache).logits
-        likeliest.append(logits.float().softmax(dim=-1).view(prompts, len(some), -1).mean(dim=0).max(dim=-1))
+        likeliest.append(logits.float().softmax(dim=-1).view(prompts, len(some), -1).mean(dim=0).topk(number))
     probability, following = (torch.cat(parts) for parts in zip(*likeliest, strict=True))
     return probability, following
 
