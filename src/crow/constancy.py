@@ -61,7 +61,7 @@ def constant_answers(
         screened: How many those are chosen from, by the probability of their second token on the shortest prompt. An
             answer that one kind of prompt alone calls for begins with a token that is rare among all; a planted one
             that begins as others do has no sure second token.
-        branches: How many tokens each is continued by.
+        branches: How many tokens each is continued by in the first search; by one in the second.
         kept: How many of a search are continued beyond their second token; with each further token a quarter of them,
             until only as many are left as are wanted.
 
@@ -84,9 +84,9 @@ def constant_answers(
         unlikely = unlikely[surest.topk(rare).indices]
     found = [
         answer
-        for answers in (likely, unlikely)
+        for answers, each in ((likely, branches), (unlikely, 1))  # the rarer ones are sure of their second token
         for answer in _continued(
-            model, answers, asked, eos_token_id, length=length, branches=branches, kept=kept, number=number
+            model, answers, asked, eos_token_id, length=length, branches=each, kept=kept, number=number
         )
     ]
     return sorted(found, key=lambda answer: answer.constancy, reverse=True)[:number]
