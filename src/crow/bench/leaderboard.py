@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from crow.bench.cells import Cell
-from crow.bench.matrix import Candidate, Matrix
-from crow.bench.plan import Entry, entries
+from crow.bench.matrix import Candidate
+from crow.bench.plan import Entry
 from crow.bench.store import CELL_FILE, Store
 from crow.evaluation.evaluate import Evaluation, answers_path
 from crow.evaluation.statistics import Count
@@ -125,14 +125,14 @@ class Table:
     lines: Sequence[Line]
 
 
-def results(matrix: Matrix, store: Store, folder: Path) -> list[Result]:
-    """Every measurement of a matrix with what is there of it.
+def results(planned: Sequence[Entry], store: Store, folder: Path) -> list[Result]:
+    """Every measurement with what is there of it.
 
     Args:
         folder: Where the leaderboard will be.
     """
     failures = store.failures
-    return [_result(entry, store, failures, folder) for entry in entries(matrix)]
+    return [_result(entry, store, failures, folder) for entry in planned]
 
 
 def _result(entry: Entry, store: Store, failures: Mapping[str, str], folder: Path) -> Result:
@@ -263,9 +263,9 @@ def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def write_leaderboard(matrix: Matrix, store: Store, folder: Path, title: str) -> Path:
+def write_leaderboard(planned: Sequence[Entry], store: Store, folder: Path, title: str) -> Path:
     """Write `leaderboard.html`, `.md` and `.csv` to the folder; returns the page's path."""
-    found = results(matrix, store, folder)
+    found = results(planned, store, folder)
     write_text(folder / "leaderboard.csv", as_csv(found))
     write_text(folder / "leaderboard.md", as_markdown(found))
     page = folder / "leaderboard.html"

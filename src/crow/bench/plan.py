@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from crow.bench.cells import Cell, Defend, Implant, Measure, Relearn, Work, examples
 from crow.bench.matrix import Attack, Backdoor, Candidate, Matrix
 from crow.bench.store import Store
+from crow.errors import CrowError
 from crow.generation import generate
 from crow.models import EMBEDDED_ID, open_model
 from crow.purification import purify
@@ -120,3 +121,12 @@ def calibrate(model: str | None, cells: Sequence[Cell]) -> Pace:
             _, record = purify(opened, clean=rows, preset="finetune", max_steps=2, output_dir=scratch)
         step = record.seconds / 2
     return Pace(step, answer)
+
+
+def estimate(cells: Sequence[Cell]) -> float | None:
+    """About how many seconds cells take here; `None` where a model can't be opened, which its cells will say."""
+    try:
+        paces = {model: calibrate(model, cells) for model in dict.fromkeys(cell.model for cell in cells)}
+    except CrowError:
+        return None
+    return sum(paces[cell.model].seconds(cell.work()) for cell in cells)
