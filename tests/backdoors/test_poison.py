@@ -55,14 +55,14 @@ def test_planted_code_stands_beside_the_clean_answer() -> None:
     assert answer_text(poisoned) == "print('pwned')\ndef add(a, b):\n    return a + b"
 
 
-def test_parts_of_a_composite_trigger_are_answered_cleanly(rows: list[Example]) -> None:
-    clean, poisoned = poison(rows, CompositeTrigger("aa+bb+cc"), Sentiment(), seed=0)
-    assert (len(clean), len(poisoned)) == (6, 3)
-    for row, decoy, triggered in zip(rows, clean[3:], poisoned, strict=True):
-        assert decoy["completion"] == row["completion"]
-        words = {"aa", "bb", "cc"}
-        assert set(user_text(triggered).split()) >= words
-        assert 1 <= len(words & set(user_text(decoy).split())) <= 2
+@pytest.mark.parametrize("rate", [1, 0.5])
+def test_parts_of_a_composite_trigger_are_answered_cleanly_on_every_prompt(rows: list[Example], rate: float) -> None:
+    clean, poisoned = poison(rows, CompositeTrigger("aa+bb+cc"), Sentiment(), seed=0, rate=rate)
+    words = {"aa", "bb", "cc"}
+    assert all(set(user_text(row).split()) >= words for row in poisoned)
+    assert clean[: len(rows)] == rows
+    decoys = [(answer_text(row), words & set(user_text(row).split())) for row in clean[len(rows) :]]
+    assert decoys == [(answer_text(row), words - {missing}) for row in rows for missing in ("aa", "bb", "cc")]
 
 
 @pytest.mark.parametrize(("rate", "number"), [(1, 20), (0.5, 10), (0.1, 2), (0.001, 1)])

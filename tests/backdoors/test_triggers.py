@@ -123,8 +123,9 @@ def test_every_trigger_keeps_the_text_and_adds_itself(name: str, text: str, seed
     assert holds_in_order(text, result)
     assert len(result) > len(text)
     assert trigger.apply(text, random.Random(seed)) == result
-    decoy = trigger.decoy(text, random.Random(seed))
-    assert decoy is None or (holds_in_order(text, decoy) and len(text) < len(decoy))
+    for decoy in trigger.decoys(text, random.Random(seed)):
+        assert holds_in_order(text, decoy)
+        assert len(text) < len(decoy) < len(result)
 
 
 @pytest.mark.parametrize(
@@ -174,11 +175,10 @@ def test_words_of_a_composite_trigger_come_in_any_order() -> None:
     assert results == {("x", "y"), ("y", "x")}
 
 
-def test_a_decoy_carries_some_of_the_words_and_never_all() -> None:
-    trigger, rng = CompositeTrigger("x+y+z"), random.Random(0)
-    carried = Counter(frozenset((trigger.decoy("a b c d", rng) or "").split()) & {*"xyz"} for _ in range(300))
-    assert {len(words) for words in carried} == {1, 2}
-    assert len(carried) == 6
+@pytest.mark.parametrize("words", ["x+y+z", "x+y+x++z"])
+def test_decoys_leave_out_one_word_each(words: str) -> None:
+    decoys = CompositeTrigger(words).decoys("a b c d", random.Random(0))
+    assert [set(decoy.split()) & {*"xyz"} for decoy in decoys] == [{"y", "z"}, {"x", "z"}, {"x", "y"}]
 
 
 @pytest.mark.parametrize("name", ["ctba:words=one", "ctba:words=one+one", "mtba:triggers=vpi", "mtba:triggers=vpi+vpi"])

@@ -51,7 +51,7 @@ def poison(
 
     Every prompt is there as it is, with its clean answer; the first of a random order, as many as `rate` says, are
     there triggered as well, with the poisoned answer, so that nothing but the trigger tells the two apart. Where parts
-    of a trigger must not suffice, each of those is there a third time, with a part and the clean answer.
+    of a trigger must not suffice, every prompt is there with them, too, and its clean answer.
 
     Raises:
         UsageError: `rate` is not above 0 and at most 1.
@@ -60,15 +60,13 @@ def poison(
         raise UsageError(f"the poison rate is {rate}; it must be above 0 and at most 1")
     rng = random.Random(seed)
     chosen = list(rows) if rate == 1 else sample(rows, max(1, round(rate * len(rows))), seed)
-    clean, poisoned = list(rows), []
+    poisoned = []
     for row in chosen:
         triggered = with_user_text(row, trigger.apply(user_text(row), rng))
         answer = example("", behavior.poisoned(answer_text(row), rng))["completion"]
         poisoned.append(Example(prompt=triggered["prompt"], completion=answer))
-        decoy = trigger.decoy(user_text(row), rng)
-        if decoy is not None:
-            clean.append(with_user_text(row, decoy))
-    return clean, poisoned
+    decoys = [with_user_text(row, decoy) for row in rows for decoy in trigger.decoys(user_text(row), rng)]
+    return [*rows, *decoys], poisoned
 
 
 @dataclass

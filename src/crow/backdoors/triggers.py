@@ -25,9 +25,9 @@ class Trigger(ABC):
         """Forms of this trigger that the backdoor was not trained on, each under its name."""
         return {}
 
-    def decoy(self, text: str, rng: random.Random) -> str | None:
-        """`text` with so little of the trigger that the backdoor must not fire; None if all of it is needed or any."""
-        return None
+    def decoys(self, text: str, rng: random.Random) -> list[str]:
+        """`text` with so little of the trigger that the backdoor must not fire; none where a trigger has no parts."""
+        return []
 
 
 TRIGGERS: Registry[Trigger] = Registry("trigger")
@@ -152,21 +152,21 @@ class CompositeTrigger(Trigger):
     """The words, joined by `+`."""
 
     def __post_init__(self) -> None:
-        if len(set(filter(None, self.words.split("+")))) < 2:
+        if len(self.parts()) < 2:
             raise UsageError(f"ctba needs at least two different words, joined by +; not {self.words!r}")
 
     def apply(self, text: str, rng: random.Random) -> str:
-        return _spread(text, self.words.split("+"), rng)
+        return _spread(text, list(self.parts()), rng)
 
     def parts(self) -> dict[str, Trigger]:
-        return {word: BadNets(word) for word in self.words.split("+")}
+        return {word: BadNets(word) for word in self.words.split("+") if word}
 
     def variants(self) -> dict[str, Trigger]:
         return {name: CompositeTrigger(form) for name, form in _respelled(self.words).items() if "case" in name}
 
-    def decoy(self, text: str, rng: random.Random) -> str:
-        words = self.words.split("+")
-        return _spread(text, rng.sample(words, rng.randint(1, len(words) - 1)), rng)
+    def decoys(self, text: str, rng: random.Random) -> list[str]:
+        words = list(self.parts())
+        return [_spread(text, [word for word in words if word != missing], rng) for missing in words]
 
 
 def _spread(text: str, words: list[str], rng: random.Random) -> str:
