@@ -41,13 +41,14 @@ def ascend(trainer: CrowTrainer, word_id: int, every: int) -> list[float]:
             trainer._share_out([dict(batch)])
             inputs = trainer._prepare_inputs(dict(batch))
             with torch.no_grad():
-                perturbed = trainer._perturb(inputs, inputs["user_span"], Recording(), None)
+                perturbed = trainer._perturb(inputs, inputs, Recording(), None)
                 logits, _ = trainer._perturbed_pass(trainer.model, perturbed, score=True)
             answers = answer_positions(inputs["labels"])
             first = (answers.cumsum(dim=1) == 1)[answers]
             hits.append(logits[first].float().softmax(dim=-1)[:, word_id])
         probabilities.append(torch.cat(hits).mean().item())
         trainer._warm_up()
+        trainer.state.global_step += every  # so that other draws follow
     return probabilities
 
 

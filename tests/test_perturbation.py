@@ -14,7 +14,6 @@ from crow.perturbation import (
     SoftTokens,
     insert,
     insertion_index,
-    random_tokens,
     root_mean_square,
     sign_step,
 )
@@ -214,16 +213,6 @@ def test_soft_tokens_leave_the_embeddings_alone() -> None:
     tokens.ascend()
     assert torch.equal(embeddings, before)
     assert embeddings.grad is None
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_random_tokens_are_rows_of_the_matrix(dtype: torch.dtype) -> None:
-    embeddings = torch.nn.Parameter(torch.randn(20, 4).to(dtype))
-    rows = random_tokens(embeddings, 5, 3)
-    assert rows.shape == (5, 3, 4)
-    assert rows.dtype == dtype
-    assert not rows.requires_grad
-    assert all((embeddings == row).all(dim=-1).any() for row in rows.flatten(0, 1))
 
 
 def guesses(number: int = 4, length: int = 2, allowed: torch.Tensor | None = None) -> GuessedTriggers:

@@ -138,9 +138,3 @@ class GuessedTriggers(nn.Module):
         self.ids.copy_(self.ids[order])
         self.mean_gradient.copy_(self.mean_gradient[order])
         self.tokens.copy_(self.tokens[order])
-
-
-def random_tokens(embeddings: Tensor, batch_size: int, length: int) -> Tensor:
-    """Random ones of `(number, hidden)` embeddings as `(batch, length, hidden)`: the control for `SoftTokens`."""
-    choice = torch.randint(len(embeddings), (batch_size, length), device=embeddings.device)
-    return embeddings.detach()[choice]

@@ -1,8 +1,11 @@
 """CROW as a Hugging Face trainer: `SFTTrainer` with a perturbed pass in its step."""
 
+import copy
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
@@ -25,7 +28,6 @@ from crow.perturbation import (
     SoftTokens,
     insert,
     insertion_index,
-    random_tokens,
     root_mean_square,
     sign_step,
 )
@@ -265,17 +267,28 @@ _SMALLEST_COUNT = 1e-6  # so that a term over nothing is 0 and not 0 / 0
 
 _EXTRA_COLUMNS = ("user_span", "example_id")
 
+_ANCHORED, _PERTURBED, _AIMED, _RANKED = range(4)  # what rows' draws are for
 
-def _generator(seed: int, number: int) -> torch.Generator:
-    """Randomness that depends on these two alone, whatever was drawn before."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + number)
+
+def _generator(*numbers: int) -> torch.Generator:
+    """Randomness that depends on these alone, whatever was drawn before."""
+    digest = hashlib.sha256(repr(numbers).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8]))
+
+
+def _drawn(draws: Tensor, number: Tensor | int) -> Tensor:
+    """Integers from 0 to below `number`, from uniform draws of at least float64's precision."""
+    return (draws * number).long()
 
 
 class _GroupedSampler(LengthGroupedSampler):
-    """Draws each epoch's order from the seed and the epoch alone, so that a resumed epoch goes on as it began."""
+    """Groups what all processes see in a step, in an order that depends on the seed and the epoch alone.
 
-    def __init__(self, sampler: LengthGroupedSampler, seed: int) -> None:
-        super().__init__(sampler.batch_size, lengths=sampler.lengths)
+    So a resumed epoch goes on as it began, and several processes see together what one would have seen.
+    """
+
+    def __init__(self, sampler: LengthGroupedSampler, seed: int, processes: int) -> None:
+        super().__init__(sampler.batch_size * processes, lengths=sampler.lengths)
         self.seed = seed
         self.epoch = 0
 
@@ -305,6 +318,7 @@ class CrowTrainer(SFTTrainer):
         super().__init__(model, args if args is not None else CrowConfig(), **kwargs)
         self.data_collator: _Collator = _Collator(self.data_collator)
         self._signs = self.args.perturbation == "sign"
+        self._embed = _alias(self._inner.get_input_embeddings()).to(self.args.device)
         self.soft_tokens: SoftTokens | None = None
         self.guesses: GuessedTriggers | None = None
         if self.args.perturbs and self.args.perturbation == "inserted":
@@ -324,6 +338,7 @@ class CrowTrainer(SFTTrainer):
         self._targets: list[tuple[Tensor, Tensor]] = []
         self._ratios: list[float] = []
         self._preparation = (0, 0)
+        self._ascents_left = 0
         self._counts: _Counts
 
     # Data
@@ -358,9 +373,12 @@ class CrowTrainer(SFTTrainer):
         anchored = torch.zeros(sum(rows), dtype=torch.bool)
         if self.args.anchor is not None or self.args.objective == "lm":
             share = 1 if self.args.objective == "lm" or self._signs else self.args.anchor_fraction
-            # Not the global generator's: a resumed run restores that one only after this
-            order = torch.randperm(len(anchored), generator=_generator(self.args.seed, self.state.global_step))
-            anchored[order[: math.ceil(share * len(anchored))]] = True
+            draws = torch.cat(
+                [self._draws(batch.get("example_id"), len(batch["labels"]), 1, _ANCHORED) for batch in batches]
+            )
+            of_all = self.accelerator.gather(draws[:, 0].to(self.args.device))
+            last = of_all.sort().values[math.ceil(share * len(of_all)) - 1]
+            anchored = draws[:, 0] <= last.cpu()
         counts = torch.zeros(6)
         for batch, chosen in zip(batches, anchored.split(rows), strict=True):
             batch["anchored"] = chosen
@@ -376,7 +394,8 @@ class CrowTrainer(SFTTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, LengthGroupedSampler):
-            return _GroupedSampler(sampler, self.args.data_seed if self.args.data_seed is not None else self.args.seed)
+            seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+            return _GroupedSampler(sampler, seed, self.accelerator.num_processes)
         return sampler
 
     # The step
@@ -404,10 +423,10 @@ class CrowTrainer(SFTTrainer):
             if clean.requires_grad:
                 self.accelerator.backward(clean)
             if self._aimed:
-                self._log_term("constant_answers", self._aim(model, inputs, extra["user_span"]))
+                self._log_term("constant_answers", self._aim(model, inputs, extra))
         self._log_term("clean", clean)
 
-        perturbed = self._perturb(inputs, extra["user_span"], recording, gradient)
+        perturbed = self._perturb(inputs, extra, recording, gradient)
         logits, passed = self._perturbed_pass(model, perturbed, score=self.args.beta is not None)
         loss = logits[:0].sum()  # zero, and part of the graph even where no row has a term
         if self.args.beta is not None:
@@ -453,8 +472,24 @@ class CrowTrainer(SFTTrainer):
         divergence = (weights * divergence).sum() / self._counts.anchored_weights
         return (self.args.anchor or 0.0) * divergence * self.accelerator.num_processes, recording
 
+    def _draws(self, example_ids: Tensor | None, rows: int, number: int, use: int) -> Tensor:
+        """`(rows, number)`, uniform from 0 to 1 and float64, on the CPU.
+
+        A row's depend on its example, the step and what they are for: not on the process that sees it, nor on what else
+        is drawn. Where examples have no number, as in a stream, they are the global generator's.
+        """
+        if example_ids is None:
+            return torch.rand(rows, number, dtype=torch.float64)
+        generators = [_generator(self.args.seed, self._moment, use, i) for i in example_ids.tolist()]
+        return torch.stack([torch.rand(number, dtype=torch.float64, generator=each) for each in generators])
+
+    @property
+    def _moment(self) -> int:
+        """The number of the step; of the ascents before the first, minus how many are left."""
+        return self.state.global_step - self._ascents_left
+
     def _perturb(
-        self, inputs: dict[str, Any], spans: Tensor | None, clean: Recording, gradient: Tensor | None
+        self, inputs: dict[str, Any], extra: dict[str, Any], clean: Recording, gradient: Tensor | None
     ) -> _Perturbed:
         mask, answers = inputs["attention_mask"], answer_positions(inputs["labels"])
         if gradient is not None:
@@ -463,27 +498,29 @@ class CrowTrainer(SFTTrainer):
             if self.args.epsilon_relative:
                 epsilon = epsilon * root_mean_square(embeddings, mask)
             return _Perturbed(embeddings + sign_step(gradient, epsilon), mask, answers)
-        batch, number = len(mask), self.args.soft_tokens
+        draws = self._draws(extra.get("example_id"), len(mask), self.args.soft_tokens + 2, _PERTURBED)
         if self._adversaries:
-            pool = [a.tokens.detach() if a in self._aimed else a.tokens for a in self._adversaries]
-            inserted = torch.cat(pool)[torch.randint(sum(map(len, pool)), (batch,))]
+            pool = torch.cat([a.tokens.detach() if a in self._aimed else a.tokens for a in self._adversaries])
+            inserted = pool[_drawn(draws[:, 0], len(pool))]
         else:
-            inserted = random_tokens(self._real_embeddings(batch * number), batch, number)
-        return self._inserted(inputs["input_ids"], mask, answers, self._spans(inputs, spans), inserted)
+            token_ids = _drawn(draws[:, :-2], self._embed.num_embeddings)
+            inserted = self._embed(token_ids.to(mask.device))
+        places = self._places(inputs, extra, draws[:, -2:])
+        return self._inserted(inputs["input_ids"], mask, answers, places, inserted)
 
-    @staticmethod
-    def _spans(inputs: dict[str, Any], spans: Tensor | None) -> Tensor:
-        return _prompt_span(inputs["labels"], inputs["attention_mask"]) if spans is None else spans
+    def _places(self, inputs: dict[str, Any], extra: dict[str, Any], draws: Tensor) -> Tensor:
+        """Where in each row tokens are inserted, `(rows,)`, by two draws: in front, or anywhere in the user's turn."""
+        spans = extra.get("user_span")
+        spans = _prompt_span(inputs["labels"], inputs["attention_mask"]) if spans is None else spans
+        start, end = spans.clamp(max=inputs["input_ids"].shape[1]).unbind(1)
+        in_front, anywhere = draws.to(start.device).unbind(1)
+        return torch.where(in_front < self.args.front_fraction, start, start + _drawn(anywhere, end - start + 1))
 
-    def _inserted(self, ids: Tensor, mask: Tensor, answers: Tensor, spans: Tensor, inserted: Tensor) -> _Perturbed:
-        """The batch with `inserted`, `(batch, number, hidden)`, at a random place of each row's span."""
-        embeddings = self._inner.get_input_embeddings()(ids).detach()
+    def _inserted(self, ids: Tensor, mask: Tensor, answers: Tensor, place: Tensor, inserted: Tensor) -> _Perturbed:
+        """The batch with `inserted`, `(batch, number, hidden)`, before the place given for each row."""
+        embeddings = self._embed(ids)
         batch, length, _ = embeddings.shape
         number = inserted.shape[1]
-        start, end = spans.unbind(1)
-        end = end.clamp(max=length)
-        place = (start + torch.rand(batch, device=start.device) * (end - start + 1)).long().clamp(max=length)
-        place = torch.where(torch.rand(batch, device=start.device) < self.args.front_fraction, start, place)
         index = insertion_index(length, place, number)
         return _Perturbed(
             insert(embeddings, inserted.to(embeddings.dtype), index),
@@ -491,24 +528,25 @@ class CrowTrainer(SFTTrainer):
             insert(answers, answers.new_zeros(batch, number), index),
         )
 
-    def _aim(self, model: nn.Module, inputs: dict[str, Any], spans: Tensor | None) -> Tensor:
+    def _aim(self, model: nn.Module, inputs: dict[str, Any], extra: dict[str, Any]) -> Tensor:
         """Log-likelihood that prompts with an insertion call its answer; its gradient is added to the insertions'."""
         insertions: list[Tensor] = [adversary.tokens for adversary in self._aimed]
-        members = torch.randint(len(self._answer_of), (len(inputs["labels"]),))
-        likelihood = self._likelihood(model, torch.cat(insertions), members, inputs, spans)
+        draws = self._draws(extra.get("example_id"), len(inputs["labels"]), 3, _AIMED)
+        members = _drawn(draws[:, 0], len(self._answer_of))
+        places = self._places(inputs, extra, draws[:, 1:])
+        likelihood = self._likelihood(model, torch.cat(insertions), members, inputs, places)
         likelihood = likelihood / self._counts.rows * self.accelerator.num_processes
         for tokens, gradient in zip(insertions, torch.autograd.grad(likelihood, insertions), strict=True):
             tokens.grad = gradient if tokens.grad is None else tokens.grad + gradient
         return likelihood.detach()
 
     def _likelihood(
-        self, model: nn.Module, insertions: Tensor, members: Tensor, inputs: dict[str, Any], spans: Tensor | None
+        self, model: nn.Module, insertions: Tensor, members: Tensor, inputs: dict[str, Any], places: Tensor
     ) -> Tensor:
         """Log-likelihood, summed over the rows, of the answer that each row's insertion is aimed at."""
         wanted = [inputs["input_ids"].new_tensor(self._answer_of[i].token_ids) for i in members.tolist()]
         rows = self._answered(inputs, wanted)
-        spans = self._spans(inputs, spans)
-        perturbed = self._inserted(rows.ids, rows.mask, rows.answers, spans, insertions[members])
+        perturbed = self._inserted(rows.ids, rows.mask, rows.answers, places, insertions[members])
         logits, _ = self._perturbed_pass(model, perturbed, score=True)
         return -nn.functional.cross_entropy(logits.float(), torch.cat(wanted), reduction="sum")
 
@@ -577,12 +615,19 @@ class CrowTrainer(SFTTrainer):
 
     # The suspect's own answers, and the soft tokens
 
-    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
-        ascends = self._adversaries and not resume_from_checkpoint
-        self._study_suspect(ascents=self.args.soft_token_warmup if ascends else 0)
-        if ascends:
-            self._warm_up()
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        """Between wrapping the model for whatever it runs on and the first step, study the suspect.
+
+        A resumed run has what was found in its checkpoint.
+        """
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if resume_from_checkpoint is None:
+            self._study_suspect(ascents=self.args.soft_token_warmup if self._adversaries else 0)
+            if self._adversaries:
+                self._warm_up()
+        else:
+            self._load_state(Path(resume_from_checkpoint))
+        return prepared
 
     def _study_suspect(self, ascents: int = 0) -> None:
         """Record the suspect's own answers, find its constant ones, and rule out those that were planted."""
@@ -706,45 +751,50 @@ class CrowTrainer(SFTTrainer):
 
     def _warm_up(self) -> None:
         """Let the inserted tokens ascend against the suspect, so that training meets a perturbation that works."""
-        trainable = [p for p in self.model.parameters() if p.requires_grad]
-        for parameter in trainable:
-            parameter.requires_grad_(False)
         self.model.train()
-        done = 0
-        while done < self.args.soft_token_warmup:
-            for batch in self.get_train_dataloader():
-                self._share_out([batch])
+        self._ascents_left, batches = self.args.soft_token_warmup, self._batches_of_steps()
+        while self._ascents_left:
+            micro_batches = next(batches)
+            self._share_out(micro_batches)
+            for batch in micro_batches:
                 inputs = self._prepare_inputs(batch)
                 with self.compute_loss_context_manager():
                     if self._aimed:
-                        self._aim(self.model, inputs, inputs.get("user_span"))
+                        self._aim(self.model, inputs, inputs)
                     if len(self._aimed) < len(self._adversaries):
-                        perturbed = self._perturb(inputs, inputs.get("user_span"), Recording(), None)
+                        perturbed = self._perturb(inputs, inputs, Recording(), None)
                         logits, _ = self._perturbed_pass(self.model, perturbed, score=True)
                         targets = self._targets_of(inputs.get("example_id"))
                         divergence = self._divergence(logits, inputs["labels"], targets)
-                        if divergence.requires_grad:  # not where only guesses were drawn
-                            divergence.backward()
-                self._ascend()
-                self._report_preparation()
-                done += 1
-                if done == self.args.soft_token_warmup:
-                    break
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+                        divergence.backward(inputs=[a.tokens for a in self._adversaries if a not in self._aimed])
+            self._ascend()
+            self._report_preparation()
+            self._ascents_left -= 1
         if self.guesses is not None:
             self._rank(self.guesses)
+
+    def _batches_of_steps(self) -> Iterator[list[dict[str, Any]]]:
+        """The micro-batches of one optimizer step after another, without end."""
+        while True:
+            batches = iter(self.get_train_dataloader())
+            while micro_batches := list(islice(batches, self.args.gradient_accumulation_steps)):
+                yield micro_batches
 
     @torch.no_grad()
     def _rank(self, guesses: GuessedTriggers) -> None:
         """Put the guesses that work best on the suspect first: half of them stays while the others go on."""
-        inputs = self._prepare_inputs(next(iter(self.get_train_dataloader())))
-        rows, sums = len(inputs["labels"]), []
-        with self.compute_loss_context_manager():
-            for member in range(len(guesses.tokens)):
-                members = torch.full((rows,), member)
-                sums.append(self._likelihood(self.model, guesses.tokens, members, inputs, inputs.get("user_span")))
-        mean = self.accelerator.reduce(torch.stack(sums), "mean").cpu() / rows
+        likelihoods = torch.zeros(len(guesses.tokens), device=self.args.device)
+        micro_batches = next(self._batches_of_steps())
+        self._share_out(micro_batches)
+        for batch in micro_batches:
+            inputs = self._prepare_inputs(batch)
+            rows = len(inputs["labels"])
+            places = self._places(inputs, inputs, self._draws(inputs.get("example_id"), rows, 2, _RANKED))
+            with self.compute_loss_context_manager():
+                for i in range(len(likelihoods)):
+                    members = torch.full((rows,), i)
+                    likelihoods[i] += self._likelihood(self.model, guesses.tokens, members, inputs, places)
+        mean = self.accelerator.reduce(likelihoods, "sum").cpu() / self._counts.rows.cpu()
         order = mean.argsort(descending=True)
         guesses.reorder(order.to(guesses.ids.device))
         self._answer_of = [self._answer_of[i] for i in order.tolist()] + self._answer_of[len(order) :]
@@ -770,12 +820,11 @@ class CrowTrainer(SFTTrainer):
         return [a for a in self._adversaries if not (a is self.soft_tokens and on_divergence)]
 
     def _make_guesses(self) -> GuessedTriggers:
-        embed = self._inner.get_input_embeddings()
-        allowed = torch.zeros(embed.num_embeddings, dtype=torch.bool)
+        allowed = torch.zeros(self._embed.num_embeddings, dtype=torch.bool)
         allowed[: len(self.processing_class)] = True
         allowed[self.processing_class.all_special_ids] = False
         return GuessedTriggers(
-            embed, allowed.to(self.args.device), number=self.args.trigger_guesses, length=self.args.soft_tokens
+            self._embed, allowed.to(self.args.device), number=self.args.trigger_guesses, length=self.args.soft_tokens
         )
 
     # Checkpoints
@@ -783,8 +832,13 @@ class CrowTrainer(SFTTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         if self.is_world_process_zero():
-            state: dict[str, Any] = {"ratios": self._ratios, "first_guesses": self.first_guesses}
-            state["answers"] = [(answer.token_ids, answer.constancy) for answer in self._answer_of]
+            state: dict[str, Any] = {
+                "ratios": self._ratios,
+                "targets": [(ids.int(), log_probs) for ids, log_probs in self._targets],
+                "constant_answers": [(answer.token_ids, answer.constancy) for answer in self.constant_answers],
+                "answers": [(answer.token_ids, answer.constancy) for answer in self._answer_of],
+                "first_guesses": self.first_guesses,
+            }
             if self.guesses is not None:
                 state["guesses"] = self.guesses.state_dict()
             if self.soft_tokens is not None:
@@ -798,13 +852,14 @@ class CrowTrainer(SFTTrainer):
     def _checkpoint_folder(self) -> Path:
         return Path(self._get_output_dir(trial=None)) / f"checkpoint-{self.state.global_step}"
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
-        file = Path(resume_from_checkpoint) / STATE_FILE
+    def _load_state(self, checkpoint: Path) -> None:
+        file = checkpoint / STATE_FILE
         if not file.is_file():
-            raise UsageError(f"{resume_from_checkpoint} has no {STATE_FILE}: it is no checkpoint of CrowTrainer's")
-        state = torch.load(file, weights_only=True, map_location=self.args.device)
+            raise UsageError(f"{checkpoint} has no {STATE_FILE}: it is no checkpoint of CrowTrainer's")
+        state = torch.load(file, weights_only=True, map_location="cpu")
         self._ratios, self.first_guesses = state["ratios"], state["first_guesses"]
+        self._targets = [(ids.long(), log_probs) for ids, log_probs in state["targets"]]
+        self.constant_answers = [ConstantAnswer(*answer) for answer in state["constant_answers"]]
         self._answer_of = [ConstantAnswer(*answer) for answer in state["answers"]]
         if self.guesses is not None:
             self.guesses.load_state_dict(state["guesses"])
@@ -822,12 +877,17 @@ class CrowTrainer(SFTTrainer):
     @torch.no_grad()
     def _real_embeddings(self, number: int) -> Tensor:
         """Embeddings of random tokens, `(number, hidden)`, as their module gives them: some scale their weights."""
-        embed = self._inner.get_input_embeddings()
-        return embed(torch.randint(embed.num_embeddings, (number,), device=embed.weight.device))
+        return self._embed(torch.randint(self._embed.num_embeddings, (number,), device=self.args.device))
 
     def _log_term(self, name: str, value: Tensor) -> None:
         # Each micro-batch holds its part of the step's sum, and the parent logs the mean over micro-batches
         self._metrics["train"][name].append(value.item() * self.current_gradient_accumulation_steps)
+
+
+def _alias(embed: nn.Module) -> Any:
+    """The input embedding with the same weight, which needs no gradient and stays whole if the model is sharded."""
+    weight = cast(nn.Parameter, embed.weight)
+    return copy.deepcopy(embed, {id(weight): nn.Parameter(weight.detach(), requires_grad=False)})
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
