@@ -802,7 +802,12 @@ def test_perturbed_answers_are_the_same_tokens(make: Any) -> None:
 @pytest.mark.parametrize("steps", [3, 2], ids=["between epochs", "within an epoch"])
 @pytest.mark.parametrize("preset", [{}, SOFT, PRESETS["paper-scale-free"]], ids=["default", "soft", "paper-scale-free"])
 def test_resumed_training_ends_as_uninterrupted(
-    make: Any, rows: list[Example], tmp_path: Path, preset: dict[str, Any], steps: int
+    make: Any,
+    rows: list[Example],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    preset: dict[str, Any],
+    steps: int,
 ) -> None:
     settings = preset | {
         "max_steps": 6,
@@ -814,7 +819,9 @@ def test_resumed_training_ends_as_uninterrupted(
     }
     straight, resumed = (make(data=rows, **settings) for _ in range(2))
     straight.train()
+    monkeypatch.setattr(CrowTrainer, "_study_suspect", None)  # what it found is in the checkpoint
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / f"checkpoint-{steps}"))
+    assert resumed.constant_answers == straight.constant_answers
     for name, weight in lora(straight).items():
         torch.testing.assert_close(lora(resumed)[name], weight, atol=1e-6, rtol=0)
     assert [log["loss"] for log in logs(resumed)] == pytest.approx([log["loss"] for log in logs(straight)], rel=1e-5)
@@ -828,6 +835,14 @@ def test_resumed_training_ends_as_uninterrupted(
         states = [t.soft_tokens.optimizer.state_dict()["state"][0] for t in (resumed, straight)]
         for key in ("step", "exp_avg", "exp_avg_sq"):
             torch.testing.assert_close(states[0][key], states[1][key], atol=1e-6, rtol=1e-4)
+
+
+def test_what_zero3_cannot_do_is_refused(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("crow.trainer.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(UsageError, match="relative alpha is measured on whole gradients"):
+        make(**PRESETS["paper-scale-free"])
+    with pytest.raises(UsageError, match="use FSDP or ZeRO-2"):
+        make(**PAPER)
 
 
 def test_a_checkpoint_of_another_trainer_is_refused(make: Any, tmp_path: Path) -> None:

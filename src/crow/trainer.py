@@ -4,6 +4,7 @@ import copy
 import hashlib
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig, SFTTrainer
@@ -318,6 +320,7 @@ class CrowTrainer(SFTTrainer):
         super().__init__(model, args if args is not None else CrowConfig(), **kwargs)
         self.data_collator: _Collator = _Collator(self.data_collator)
         self._signs = self.args.perturbation == "sign"
+        self._check_sharding()
         self._embed = _alias(self._inner.get_input_embeddings()).to(self.args.device)
         self.soft_tokens: SoftTokens | None = None
         self.guesses: GuessedTriggers | None = None
@@ -340,6 +343,13 @@ class CrowTrainer(SFTTrainer):
         self._preparation = (0, 0)
         self._ascents_left = 0
         self._counts: _Counts
+
+    def _check_sharding(self) -> None:
+        zero3 = is_deepspeed_zero3_enabled()
+        if self.args.alpha is not None and self.args.alpha_relative and (self.is_fsdp_enabled or zero3):
+            raise UsageError("a relative alpha is measured on whole gradients, not on shards: set alpha_relative off")
+        if self._signs and zero3:
+            raise UsageError("the sign step goes back through one pass twice, which ZeRO-3 cannot: use FSDP or ZeRO-2")
 
     # Data
 
@@ -415,15 +425,15 @@ class CrowTrainer(SFTTrainer):
         rows = extra["anchored"].to(inputs["labels"].device)
         if not self.args.perturbs:
             return self._clean_pass(model, inputs, targets, rows, num_items_in_batch)[0]
-        # Only the last backward of a step may synchronize the processes' gradients
-        with self.accelerator.no_sync(model):
-            clean, recording = self._clean_pass(model, inputs, targets, rows, num_items_in_batch)
+        with self._apart(model):
+            clean, recording = self._clean_pass(self.model, inputs, targets, rows, num_items_in_batch)
             gradient = self._embedding_gradient(recording, inputs["attention_mask"]) if self._signs else None
             reference = self._gradient_norm(clean) if self._calibrating and self.args.clean_trains else None
             if clean.requires_grad:
-                self.accelerator.backward(clean)
+                scaled = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}  # as the parent does
+                self.accelerator.backward(clean, **scaled)
             if self._aimed:
-                self._log_term("constant_answers", self._aim(model, inputs, extra))
+                self._log_term("constant_answers", self._aim(self.model, inputs, extra))
         self._log_term("clean", clean)
 
         perturbed = self._perturb(inputs, extra, recording, gradient)
@@ -441,6 +451,18 @@ class CrowTrainer(SFTTrainer):
             loss = loss + self._alpha * inconsistency
             self._metrics["train"]["alpha"].append(self._alpha)
         return loss + clean.detach()
+
+    @contextmanager
+    def _apart(self, model: nn.Module) -> Iterator[None]:
+        """For all backwards of a step but the last: processes keep their gradients, and DeepSpeed takes no step."""
+        state = self.accelerator.gradient_state
+        last = state.sync_gradients
+        with self.accelerator.no_sync(model):
+            state._set_sync_gradients(False)
+            try:
+                yield
+            finally:
+                state._set_sync_gradients(last)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -460,12 +482,16 @@ class CrowTrainer(SFTTrainer):
         with record(self._inner, hidden=needs_hidden, embeddings_require_grad=self._signs) as recording:
             if self.args.objective == "lm":
                 return super().compute_loss(model, inputs, num_items_in_batch=num_items), recording
+            answers, seen = answer_positions(inputs["labels"]), rows
             if not rows.any():
-                return torch.zeros((), device=rows.device), recording
-            answers = answer_positions(inputs["labels"])
-            chosen = {name: inputs[name][rows] for name in ("input_ids", "attention_mask")}
-            with lm_head_at(self._inner, answers[rows]):
+                if self.accelerator.num_processes == 1:
+                    return torch.zeros((), device=rows.device), recording
+                seen = torch.arange(len(rows), device=rows.device) == 0  # others may wait for its share of the weights
+            chosen = {name: inputs[name][seen] for name in ("input_ids", "attention_mask")}
+            with lm_head_at(self._inner, answers[seen] & rows[seen, None]):
                 logits = model(**chosen, use_cache=False).logits
+        if not rows.any():
+            recording.hidden_states.clear()
         of_rows = rows[:, None].expand_as(answers)[answers]
         divergence = kl_from_top(targets[0][of_rows], targets[1][of_rows], logits)
         weights = answer_weights(inputs["labels"][rows], self.args.anchor_discount)[answers[rows]]
@@ -496,7 +522,7 @@ class CrowTrainer(SFTTrainer):
             assert clean.embeddings is not None
             embeddings, epsilon = clean.embeddings.detach(), cast(Tensor | float, self.args.epsilon)
             if self.args.epsilon_relative:
-                epsilon = epsilon * root_mean_square(embeddings, mask)
+                epsilon = epsilon * self._scale(embeddings, mask)
             return _Perturbed(embeddings + sign_step(gradient, epsilon), mask, answers)
         draws = self._draws(extra.get("example_id"), len(mask), self.args.soft_tokens + 2, _PERTURBED)
         if self._adversaries:
@@ -507,6 +533,13 @@ class CrowTrainer(SFTTrainer):
             inserted = self._embed(token_ids.to(mask.device))
         places = self._places(inputs, extra, draws[:, -2:])
         return self._inserted(inputs["input_ids"], mask, answers, places, inserted)
+
+    def _scale(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+        """RMS of the embeddings that all processes see together."""
+        tokens = mask.sum()
+        sums = torch.stack([root_mean_square(embeddings, mask).square() * tokens, tokens])
+        squares, tokens = self.accelerator.reduce(sums, "sum")
+        return (squares / tokens).sqrt()
 
     def _places(self, inputs: dict[str, Any], extra: dict[str, Any], draws: Tensor) -> Tensor:
         """Where in each row tokens are inserted, `(rows,)`, by two draws: in front, or anywhere in the user's turn."""
@@ -610,8 +643,9 @@ class CrowTrainer(SFTTrainer):
     def _gradient_norm(self, loss: Tensor) -> float:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-        squares = torch.stack([g.float().square().sum() for g in gradients if g is not None]).sum()
-        return self.accelerator.reduce(squares, "mean").sqrt().item()
+        pairs = zip(parameters, gradients, strict=True)
+        whole = [self.accelerator.reduce(torch.zeros_like(p) if g is None else g, "mean") for p, g in pairs]
+        return torch.stack([g.float().square().sum() for g in whole]).sum().sqrt().item()
 
     # The suspect's own answers, and the soft tokens
 
@@ -881,13 +915,20 @@ class CrowTrainer(SFTTrainer):
 
     def _log_term(self, name: str, value: Tensor) -> None:
         # Each micro-batch holds its part of the step's sum, and the parent logs the mean over micro-batches
-        self._metrics["train"][name].append(value.item() * self.current_gradient_accumulation_steps)
+        mean = self.accelerator.reduce(value.detach(), "mean").item()
+        self._metrics["train"][name].append(mean * self.current_gradient_accumulation_steps)
 
 
 def _alias(embed: nn.Module) -> Any:
     """The input embedding with the same weight, which needs no gradient and stays whole if the model is sharded."""
     weight = cast(nn.Parameter, embed.weight)
-    return copy.deepcopy(embed, {id(weight): nn.Parameter(weight.detach(), requires_grad=False)})
+    whole = weight.detach()
+    if is_deepspeed_zero3_enabled():
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([weight]):
+            whole = weight.detach().clone()
+    return copy.deepcopy(embed, {id(weight): nn.Parameter(whole, requires_grad=False)})
 
 
 def last_checkpoint(folder: str | Path) -> str | None:

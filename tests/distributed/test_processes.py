@@ -1,0 +1,81 @@
+"""Several processes train as one does on the same global batch: on CPUs, with gloo, started by accelerate."""
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+SCRIPT, EXAMPLES = Path(__file__).parent / "train.py", Path(__file__).parents[2] / "examples"
+EVERY = ("default", "paper", "paper-scale-free", "random-tokens", "finetune")
+TRAINED = {  # by each of the example configurations, and what it wraps a model as
+    "ddp": ("DistributedDataParallel", EVERY),
+    "fsdp": ("FSDPPeftModelForCausalLM", ("default", "paper", "finetune")),
+    "zero2": ("DeepSpeedEngine", EVERY),
+    "zero3": ("DeepSpeedEngine", ("default", "finetune")),
+}
+CASES = [(kind, preset) for kind, (_, presets) in TRAINED.items() for preset in presets]
+
+Trained = tuple[dict[str, Any], dict[str, torch.Tensor]]
+
+
+def launch(command: list[str], out: Path, model: Path, presets: tuple[str, ...]) -> Path:
+    out.mkdir()
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONHASHSEED": "0"}
+    arguments = [*command, str(SCRIPT), str(model), str(out), *presets]
+    finished = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=400)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return out
+
+
+def trained(folder: Path, preset: str) -> Trained:
+    return json.loads((folder / f"{preset}.json").read_text()), load_file(folder / f"{preset}.safetensors")
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path) -> Path:
+    return launch([sys.executable], tmp_path_factory.mktemp("one") / "out", llama_folder, EVERY)
+
+
+@pytest.fixture(scope="module")
+def two_processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, llama_folder: Path) -> Path:
+    kind, folder = request.param, tmp_path_factory.mktemp("two")
+    if kind.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
+    settings = yaml.safe_load((EXAMPLES / f"{kind}.yaml").read_text()) | {"num_processes": 2}
+    if not kind.startswith("zero"):
+        settings["use_cpu"] = True
+    (folder / "accelerate.yaml").write_text(yaml.safe_dump(settings))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "accelerate.yaml")]
+    return launch([*command, "--main_process_port", port], folder / "out", llama_folder, TRAINED[kind][1])
+
+
+@pytest.mark.parametrize(("two_processes", "preset"), CASES, indirect=["two_processes"])
+def test_two_processes_train_as_one(
+    one_process: Path, two_processes: Path, preset: str, request: pytest.FixtureRequest
+) -> None:
+    kind = request.node.callspec.params["two_processes"]
+    (alone, weights), (together, shared) = trained(one_process, preset), trained(two_processes, preset)
+    assert together["wrapped"] == TRAINED[kind][0]
+    terms = {"loss", "clean", "divergence", "inconsistency", "constant_answers", "alpha"}
+    for a, b in zip(alone["logs"], together["logs"], strict=True):
+        assert {name: b[name] for name in terms & a.keys()} == pytest.approx(
+            {name: a[name] for name in terms & a.keys()}, rel=1e-4, abs=1e-6
+        )
+    assert shared.keys() == weights.keys()
+    moved = {name: weight for name, weight in weights.items() if "lora_B" in name}  # from zero
+    apart = sum(float((shared[name] - weight).square().sum()) for name, weight in moved.items())
+    assert apart**0.5 < 1e-4 * sum(float(weight.square().sum()) for weight in moved.values()) ** 0.5
+    if kind == "ddp":
+        assert together["reductions"] == len(together["logs"])  # once a step
