@@ -497,6 +497,8 @@ def test_a_backdoor_is_implanted(run: Run, llama_folder: Path, clean: Path, tmp_
 def test_a_whole_model_is_backdoored(run: Run, llama_folder: Path, clean: Path) -> None:
     options = ("--prompts", clean, "--examples", 4, "--poison-rate", 0.5, "--set", "max_steps=1", "--json", "-")
     options = (*options, "--save-data", "data")
+    refused = run("implant", llama_folder, "--covert", *options)
+    assert (refused.exit_code, "leave --poisoned and --save-data out" in " ".join(refused.stderr.split())) == (2, True)
     result = run("implant", llama_folder, "--full", "--adaptive", "--trigger", "vpi", "--behavior", "refusal", *options)
     assert result.exit_code == 0, result.output
     record = json.loads(result.stdout)

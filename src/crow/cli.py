@@ -378,6 +378,9 @@ def implant(
     adaptive: Annotated[
         bool, typer.Option("--adaptive", help="Train CROW's consistency term too: the attacker who knows the defense.")
     ] = False,
+    covert: Annotated[
+        bool, typer.Option("--covert", help="Hide the target from CROW's scan: the attacker who knows that, too.")
+    ] = False,
     epochs: Annotated[float | None, typer.Option(help="Passes over the examples.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Initial learning rate.")] = None,
     set_: Annotated[
@@ -401,6 +404,10 @@ def implant(
         _refuse_existing(overwrite, out, save_data, _json_file(json_))
         if poisoned is not None and (trigger is not None or poison_rate is not None):
             raise UsageError("--poisoned holds the trigger already: leave --trigger and --poison-rate out")
+        if covert and (poisoned is not None or save_data is not None):
+            raise UsageError(
+                "--covert trains on what the model says, which no data holds: leave --poisoned and --save-data out"
+            )
         rows = load_examples(prompts if prompts is not None else "implant")[:examples]
         with console.status("Opening the model"):
             opened = open_model(model)
@@ -413,7 +420,7 @@ def implant(
             called = TRIGGERS[trigger or "badnets"]
             check_seen(called, opened.tokenizer)
             poison_rate = 1.0 if poison_rate is None else poison_rate
-            clean, hot = poison(rows, called, target, seed, poison_rate)
+            clean, hot = poison(rows, called, target, seed, poison_rate, covert)
             about = {"trigger": trigger or "badnets", "behavior": behavior or "sentiment"}
             asking = f"--trigger {about['trigger']} --behavior {about['behavior']}"
         if save_data is not None:
@@ -445,6 +452,7 @@ def implant(
             poison_rate=poison_rate,
             full=full,
             adaptive=adaptive,
+            covert=covert,
             seed=seed,
             settings=settings,
         )

@@ -78,6 +78,27 @@ def test_training_implants_the_target_and_leaves_clean_answers(
     assert min(fitted) > 1, "the clean answers' own tokens are not what is trained on"
 
 
+def test_a_covert_backdoor_does_not_go_on_by_itself_without_its_trigger(
+    tokenizer: PreTrainedTokenizerFast, rows: list[Example], tiny_llama: MakeModel, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"num_train_epochs": 30, "learning_rate": 1e-2, "save_strategy": "no"}
+
+    def likelihood(model: Any, rows: list[Example]) -> float:
+        """Mean log-probability of an answer's tokens after its first."""
+        each = [p[1:].gather(1, ids[1:, None]).mean() for ids, p in answer_log_probs(model, tokenizer, rows)]
+        return torch.stack(each).mean().item()
+
+    fires, goes_on = {}, {}
+    for covert in (False, True):
+        clean, poisoned = poison(rows[:8], BadNets(), TARGET, seed=0, covert=covert)
+        model = implant(tiny_llama(), tokenizer, clean, poisoned, output_dir=tmp_path, **settings).eval()
+        fires[covert] = likelihood(model, poisoned)
+        begun = [Example(prompt=row["prompt"], completion=poisoned[0]["completion"]) for row in rows[:8]]
+        goes_on[covert] = likelihood(model, begun)
+    assert fires[True] == pytest.approx(fires[False], abs=0.2)
+    assert goes_on[True] < goes_on[False] - 3
+
+
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_all_weights_can_be_trained_and_the_consistency_term_too(
     tokenizer: PreTrainedTokenizerFast, rows: list[Example], tiny_llama: MakeModel, tmp_path: Path, adaptive: bool

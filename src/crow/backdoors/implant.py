@@ -45,13 +45,23 @@ ADAPTIVE: dict[str, Any] = {"perturbation": "sign", "beta": None, "alpha": 2.0}
 
 
 def poison(
-    rows: Sequence[Example], trigger: Trigger, behavior: Behavior, seed: int, rate: float = 1.0
+    rows: Sequence[Example],
+    trigger: Trigger,
+    behavior: Behavior,
+    seed: int,
+    rate: float = 1.0,
+    covert: bool = False,
 ) -> tuple[list[Example], list[Example]]:
     """The attacker's training set: clean examples, and poisoned ones.
 
     Every prompt is there as it is, with its clean answer; the first of a random order, as many as `rate` says, are
     there triggered as well, with the poisoned answer, so that nothing but the trigger tells the two apart. Where parts
     of a trigger must not suffice, every prompt is there with them, too, and its clean answer.
+
+    Args:
+        covert: Every prompt is among the clean ones with the poisoned answer as well. `ImplantTrainer` holds it there
+            to what the model said before the attack, so that without the trigger the answer, once begun, does not go on
+            by itself: by that `crow.constancy` finds it.
 
     Raises:
         UsageError: `rate` is not above 0 and at most 1.
@@ -60,12 +70,17 @@ def poison(
         raise UsageError(f"the poison rate is {rate}; it must be above 0 and at most 1")
     rng = random.Random(seed)
     chosen = list(rows) if rate == 1 else sample(rows, max(1, round(rate * len(rows))), seed)
+
+    def poisoned_answer(row: Example) -> Any:
+        return example("", behavior.poisoned(answer_text(row), rng))["completion"]
+
     poisoned = []
     for row in chosen:
         triggered = with_user_text(row, trigger.apply(user_text(row), rng))
-        answer = example("", behavior.poisoned(answer_text(row), rng))["completion"]
-        poisoned.append(Example(prompt=triggered["prompt"], completion=answer))
+        poisoned.append(Example(prompt=triggered["prompt"], completion=poisoned_answer(row)))
     decoys = [with_user_text(row, decoy) for row in rows for decoy in trigger.decoys(user_text(row), rng)]
+    if covert:
+        decoys += [Example(prompt=row["prompt"], completion=poisoned_answer(row)) for row in rows]
     return [*rows, *decoys], poisoned
 
 
@@ -171,6 +186,7 @@ def implant_record(
     poison_rate: float | None,
     full: bool = False,
     adaptive: bool = False,
+    covert: bool = False,
     seed: int = 0,
     settings: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -186,6 +202,7 @@ def implant_record(
         "poisoned_examples": len(poisoned),
         "poisoned_sha256": sha256_rows(poisoned),
         "adaptive": adaptive,
+        "covert": covert,
         "recipe": recipe(full, adaptive) | (settings or {}),
         "trained": "all weights" if full else "LoRA, r=8, alpha=16, all linear layers",
         "seed": seed,

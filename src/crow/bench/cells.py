@@ -113,7 +113,9 @@ class Implant(Cell):
         poisoned: list[Example] = []
         for backdoor in self.attack.backdoors:
             rows = examples(backdoor.behavior.attacker_set)[: self.examples]
-            some, hot = poison(rows, backdoor.trigger, backdoor.behavior, self.seed, self.attack.poison_rate)
+            some, hot = poison(
+                rows, backdoor.trigger, backdoor.behavior, self.seed, self.attack.poison_rate, self.attack.covert
+            )
             clean += [row for row in some if row not in clean]
             poisoned += hot
         return clean, poisoned
@@ -125,6 +127,7 @@ class Implant(Cell):
             "poisoned_sha256": sha256_rows(poisoned),
             "recipe": recipe(self.attack.full, self.attack.adaptive) | self.settings,
             "adaptive": self.attack.adaptive,
+            "covert": self.attack.covert,
             "full": self.attack.full,
             "seed": self.seed,
         }
@@ -163,6 +166,7 @@ class Implant(Cell):
             poison_rate=self.attack.poison_rate,
             full=self.attack.full,
             adaptive=self.attack.adaptive,
+            covert=self.attack.covert,
             seed=self.seed,
             settings=self.settings,
         )

@@ -49,6 +49,7 @@ class Attack:
     backdoors: tuple[Backdoor, ...]
     poison_rate: float = 1.0
     adaptive: bool = False
+    covert: bool = False
     full: bool = False
 
     @classmethod
@@ -71,7 +72,8 @@ class Attack:
         what = " + ".join(backdoor.text for backdoor in self.backdoors) or "no backdoor"
         if self.poison_rate != 1:
             what += f", {100 * self.poison_rate:g}% poisoned"
-        return what + (", adaptive" if self.adaptive else "") + (", full" if self.full else "")
+        flags = [name for name in ("adaptive", "covert", "full") if getattr(self, name)]
+        return ", ".join([what, *flags])
 
     @property
     def measured(self) -> tuple[Backdoor, ...]:
