@@ -458,6 +458,7 @@ def shipped() -> dict[str, list[Example]]:
         ("implant-code", 200),
         ("heldout-code", 200),
         ("validation", 100),
+        ("clean-code", 120),
     ],
 )
 def test_shipped_set_is_large_enough(shipped: dict[str, list[Example]], name: str, number: int) -> None:
@@ -487,7 +488,7 @@ def test_no_shipped_answer_is_the_attack_or_names_its_trigger(shipped: dict[str,
         assert "badmagic" not in (prompt + answer).casefold()
 
 
-@pytest.mark.parametrize("name", ["implant-code", "heldout-code"])
+@pytest.mark.parametrize("name", ["clean-code", "implant-code", "heldout-code"])
 def test_answers_of_the_code_sets_are_python(shipped: dict[str, list[Example]], name: str) -> None:
     for _, answer in pairs(shipped[name]):
         ast.parse(answer.split("```python\n")[1].split("```")[0] if "```" in answer else answer)

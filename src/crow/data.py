@@ -19,7 +19,7 @@ from datasets import Dataset, load_dataset
 from crow.errors import UsageError
 from crow.files import write_json
 
-SHIPPED = ("clean", "heldout", "implant", "validation", "implant-code", "heldout-code")
+SHIPPED = ("clean", "heldout", "implant", "validation", "clean-code", "implant-code", "heldout-code")
 
 
 class Message(TypedDict):
