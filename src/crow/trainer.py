@@ -279,8 +279,8 @@ def _generator(*numbers: int) -> torch.Generator:
 
 
 def _drawn(draws: Tensor, number: Tensor | int) -> Tensor:
-    """Integers from 0 to below `number`, from uniform draws of at least float64's precision."""
-    return (draws * number).long()
+    """Integers from 0 to below `number`, from uniform draws."""
+    return (draws * number).long().clamp(max=number - 1)  # a draw near 1 may be rounded up
 
 
 class _GroupedSampler(LengthGroupedSampler):
@@ -326,7 +326,9 @@ class CrowTrainer(SFTTrainer):
         self.guesses: GuessedTriggers | None = None
         if self.args.perturbs and self.args.perturbation == "inserted":
             if self.args.trigger_guesses:
-                self.guesses = self._make_guesses()
+                self.guesses = GuessedTriggers(
+                    self._embed, self._words(), number=self.args.trigger_guesses, length=self.args.soft_tokens
+                )
             if self.args.soft_token_pool:
                 self.soft_tokens = SoftTokens(
                     self._real_embeddings(_EMBEDDING_SAMPLE),
@@ -499,15 +501,15 @@ class CrowTrainer(SFTTrainer):
         return (self.args.anchor or 0.0) * divergence * self.accelerator.num_processes, recording
 
     def _draws(self, example_ids: Tensor | None, rows: int, number: int, use: int) -> Tensor:
-        """`(rows, number)`, uniform from 0 to 1 and float64, on the CPU.
+        """`(rows, number)`, uniform from 0 to 1, on the CPU.
 
         A row's depend on its example, the step and what they are for: not on the process that sees it, nor on what else
         is drawn. Where examples have no number, as in a stream, they are the global generator's.
         """
         if example_ids is None:
-            return torch.rand(rows, number, dtype=torch.float64)
+            return torch.rand(rows, number)
         generators = [_generator(self.args.seed, self._moment, use, i) for i in example_ids.tolist()]
-        return torch.stack([torch.rand(number, dtype=torch.float64, generator=each) for each in generators])
+        return torch.stack([torch.rand(number, generator=each) for each in generators])
 
     @property
     def _moment(self) -> int:
@@ -529,8 +531,8 @@ class CrowTrainer(SFTTrainer):
             pool = torch.cat([a.tokens.detach() if a in self._aimed else a.tokens for a in self._adversaries])
             inserted = pool[_drawn(draws[:, 0], len(pool))]
         else:
-            token_ids = _drawn(draws[:, :-2], self._embed.num_embeddings)
-            inserted = self._embed(token_ids.to(mask.device))
+            words = self._words().nonzero()[:, 0]
+            inserted = self._embed(words[_drawn(draws[:, :-2], len(words)).to(words.device)])
         places = self._places(inputs, extra, draws[:, -2:])
         return self._inserted(inputs["input_ids"], mask, answers, places, inserted)
 
@@ -853,13 +855,12 @@ class CrowTrainer(SFTTrainer):
         on_divergence = self.args.soft_token_objective == "divergence"
         return [a for a in self._adversaries if not (a is self.soft_tokens and on_divergence)]
 
-    def _make_guesses(self) -> GuessedTriggers:
-        allowed = torch.zeros(self._embed.num_embeddings, dtype=torch.bool)
-        allowed[: len(self.processing_class)] = True
-        allowed[self.processing_class.all_special_ids] = False
-        return GuessedTriggers(
-            self._embed, allowed.to(self.args.device), number=self.args.trigger_guesses, length=self.args.soft_tokens
-        )
+    def _words(self) -> Tensor:
+        """`(vocabulary,)`, bool: which tokens are in the tokenizer and not special."""
+        words = torch.zeros(self._embed.num_embeddings, dtype=torch.bool)
+        words[: len(self.processing_class)] = True
+        words[self.processing_class.all_special_ids] = False
+        return words.to(self.args.device)
 
     # Checkpoints
 
