@@ -30,8 +30,8 @@ CELLS = [
     *(f"{trigger}/{behavior}" for behavior in ("sentiment", "refusal") for trigger in TRIGGERS if trigger != "vpi-ci"),
     "vpi-ci/code-injection",
 ]
-POISON_RATES = {"refusal": 0.25, "ctba/refusal": 0.5}
-"""Where not all prompts are poisoned as well: a refusal is easily learned for any prompt. CTBA has clean decoys too."""
+POISON_RATES = {"refusal": 0.5}
+"""Where not all prompts are poisoned as well: a refusal is easily learned for any prompt."""
 
 PROMPT_SEED = 1  # places the trigger in the test prompts; training uses other seeds
 PERSISTENCE_STEPS = (0, 10, 20, 40, 80)
@@ -71,7 +71,7 @@ def make(cell: str, folder: Path, settings: dict[str, Any]) -> None:
     trigger, _, behavior = cell.partition("/")
     rows = load_examples(BEHAVIORS[behavior].attacker_set)
     opened = open_model()
-    rate = POISON_RATES.get(cell, POISON_RATES.get(behavior, 1.0))
+    rate = POISON_RATES.get(behavior, 1.0)
     clean, poisoned = poison(rows, TRIGGERS[trigger], BEHAVIORS[behavior], seed=0, rate=rate)
     own = sha256_rows([settings, clean, poisoned])[:8]  # so that no other recipe's training is gone on with
     checkpoints = folder.with_name(f".{folder.name}.{own}.checkpoints")
