@@ -352,6 +352,9 @@ class CrowTrainer(SFTTrainer):
             raise UsageError("a relative alpha is measured on whole gradients, not on shards: set alpha_relative off")
         if self._signs and zero3:
             raise UsageError("the sign step goes back through one pass twice, which ZeRO-3 cannot: use FSDP or ZeRO-2")
+        trained = self._inner.get_input_embeddings().weight.requires_grad
+        if self.args.perturbs and trained and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise UsageError("FSDP and DeepSpeed keep trained embeddings where CROW cannot see them: train a LoRA")
 
     # Data
 
@@ -609,7 +612,7 @@ class CrowTrainer(SFTTrainer):
             mean = layer_consistency(passed.hidden_states, perturbed.mask, num_positions=self._counts.positions)
             return mean * self.accelerator.num_processes
         if not clean.hidden_states:
-            return torch.zeros((), device=labels.device)
+            return passed.hidden_states[0][:0].sum()  # zero, and in the graph: every process takes the same way on
         answers = answer_positions(labels)
         seen = answers if len(clean.hidden_states[0]) == len(answers) else answers[rows]
         pairs = zip(clean.hidden_states, passed.hidden_states, strict=True)
