@@ -41,7 +41,7 @@ def ascend(trainer: CrowTrainer, word_id: int, every: int) -> list[float]:
             trainer._share_out([dict(batch)])
             inputs = trainer._prepare_inputs(dict(batch))
             with torch.no_grad():
-                perturbed = trainer._perturb(inputs, inputs, Recording(), None)
+                perturbed = trainer._perturb(inputs, Recording(), None)
                 logits, _ = trainer._perturbed_pass(trainer.model, perturbed, score=True)
             answers = answer_positions(inputs["labels"])
             first = (answers.cumsum(dim=1) == 1)[answers]

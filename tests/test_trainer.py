@@ -365,8 +365,8 @@ def pinned(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
     real = CrowTrainer._draws
 
-    def half(self: CrowTrainer, example_ids: Tensor | None, rows: int, number: int, use: int) -> Tensor:
-        draws = real(self, example_ids, rows, number, use)
+    def half(self: CrowTrainer, batch: dict[str, Any], number: int, use: int) -> Tensor:
+        draws = real(self, batch, number, use)
         return draws if use == crow.trainer._ANCHORED else torch.full_like(draws, 0.5)
 
     monkeypatch.setattr(CrowTrainer, "_draws", half)
@@ -596,7 +596,7 @@ def test_inserted_tokens_have_the_scale_of_embeddings_that_are_scaled(
 ) -> None:
     trainer = make(tiny_model("gemma", len(tokenizer)), perturbation=perturbation)
     batch = first_batch(trainer)
-    perturbed = trainer._perturb(batch, batch, Recording(), None)
+    perturbed = trainer._perturb(batch, Recording(), None)
     norms = perturbed.embeddings[perturbed.mask.bool()].detach().norm(dim=-1)
     assert norms.min() > norms.median() / 3
 
@@ -766,7 +766,7 @@ def test_tokens_are_inserted_within_the_users_turn(
     batch = first_batch(trainer)
     length, places, first = batch["input_ids"].shape[1], [set[int]() for _ in data], 0
     for _ in range(60):
-        perturbed = trainer._perturb(batch, batch, Recording(), None)
+        perturbed = trainer._perturb(batch, Recording(), None)
         trainer.state.global_step += 1
         index = insertions.pop()
         assert torch.equal(perturbed.mask.sum(1), batch["attention_mask"].sum(1) + 3)
@@ -789,7 +789,7 @@ def test_tokens_are_inserted_within_the_users_turn(
 def test_perturbed_answers_are_the_same_tokens(make: Any) -> None:
     trainer = make()
     batch = first_batch(trainer)
-    perturbed = trainer._perturb(batch, batch, Recording(), None)
+    perturbed = trainer._perturb(batch, Recording(), None)
     embeddings = trainer.model.get_input_embeddings()(batch["input_ids"])
     scored = batch["labels"].roll(-1, 1) != -100
     scored[:, -1] = False
@@ -912,7 +912,7 @@ def places_and_answers(trainer: CrowTrainer, insertions: list[Tensor]) -> list[t
     batch = first_batch(trainer)
     first = (batch["labels"] != -100).int().argmax(1).tolist()
     for _ in range(40):
-        trainer._perturb(batch, batch, Recording(), None)
+        trainer._perturb(batch, Recording(), None)
         trainer.state.global_step += 1
     length = batch["labels"].shape[1]
     return [
@@ -971,7 +971,7 @@ def test_without_chats_the_whole_answer_sees_the_inserted_tokens(
     trainer = make(data=as_text_pairs(rows[:8]))
     batch = first_batch(trainer)
     for _ in range(40):
-        perturbed = trainer._perturb(batch, batch, Recording(), None)
+        perturbed = trainer._perturb(batch, Recording(), None)
         trainer.state.global_step += 1
         length = batch["labels"].shape[1]
         assert (perturbed.answers.int().argmax(1) > (insertions[-1] == length + 2).int().argmax(1) - 1).all()

@@ -115,7 +115,7 @@ class GuessedTriggers(nn.Module):
         self.register_buffer("mean_gradient", torch.zeros_like(self.tokens))
 
     def _embedded(self) -> Tensor:
-        return self._embed[0](self.ids.to(self._embed[0].weight.device)).detach().float()
+        return self._embed[0](self.ids).detach().float()
 
     @torch.no_grad()
     def ascend(self, kept: int = 0) -> None:

@@ -5,7 +5,8 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
@@ -327,7 +328,7 @@ class CrowTrainer(SFTTrainer):
         if self.args.perturbs and self.args.perturbation == "inserted":
             if self.args.trigger_guesses:
                 self.guesses = GuessedTriggers(
-                    self._embed, self._words(), number=self.args.trigger_guesses, length=self.args.soft_tokens
+                    self._embed, self._words, number=self.args.trigger_guesses, length=self.args.soft_tokens
                 )
             if self.args.soft_token_pool:
                 self.soft_tokens = SoftTokens(
@@ -346,6 +347,10 @@ class CrowTrainer(SFTTrainer):
         self._ascents_left = 0
         self._counts: _Counts
 
+    @property
+    def _shards(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
     def _check_sharding(self) -> None:
         zero3 = is_deepspeed_zero3_enabled()
         if self.args.alpha is not None and self.args.alpha_relative and (self.is_fsdp_enabled or zero3):
@@ -353,7 +358,7 @@ class CrowTrainer(SFTTrainer):
         if self._signs and zero3:
             raise UsageError("the sign step goes back through one pass twice, which ZeRO-3 cannot: use FSDP or ZeRO-2")
         trained = self._inner.get_input_embeddings().weight.requires_grad
-        if self.args.perturbs and trained and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if self.args.perturbs and trained and self._shards:
             raise UsageError("FSDP and DeepSpeed keep trained embeddings where CROW cannot see them: train a LoRA")
 
     # Data
@@ -385,15 +390,13 @@ class CrowTrainer(SFTTrainer):
     def _share_out(self, batches: list[dict[str, Any]]) -> None:
         """Choose which rows of one optimizer step are also seen clean, and count what the terms are divided by."""
         rows = [len(batch["labels"]) for batch in batches]
-        anchored = torch.zeros(sum(rows), dtype=torch.bool)
-        if self.args.anchor is not None or self.args.objective == "lm":
-            share = 1 if self.args.objective == "lm" or self._signs else self.args.anchor_fraction
-            draws = torch.cat(
-                [self._draws(batch.get("example_id"), len(batch["labels"]), 1, _ANCHORED) for batch in batches]
-            )
-            of_all = self.accelerator.gather(draws[:, 0].to(self.args.device))
+        share = self._anchored_share
+        anchored = torch.full((sum(rows),), share == 1)
+        if 0 < share < 1:
+            draws = torch.cat([self._draws(batch, 1, _ANCHORED)[:, 0] for batch in batches])
+            of_all = self.accelerator.gather(draws.to(self.args.device))
             last = of_all.sort().values[math.ceil(share * len(of_all)) - 1]
-            anchored = draws[:, 0] <= last.cpu()
+            anchored = draws <= last.cpu()
         counts = torch.zeros(6)
         for batch, chosen in zip(batches, anchored.split(rows), strict=True):
             batch["anchored"] = chosen
@@ -405,6 +408,13 @@ class CrowTrainer(SFTTrainer):
             counts += torch.tensor([answers.sum(), weights, anchored_answers, anchored_weights, mask.sum(), len(mask)])
         counts = self.accelerator.reduce(counts.to(self.args.device), "sum").clamp(min=_SMALLEST_COUNT)
         self._counts = _Counts(*counts)
+
+    @property
+    def _anchored_share(self) -> float:
+        """Of the rows of a step, how many are also seen clean."""
+        if self.args.objective == "lm" or self._signs:
+            return 1
+        return self.args.anchor_fraction if self.args.anchor is not None else 0
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         sampler = super()._get_train_sampler(train_dataset)
@@ -418,7 +428,8 @@ class CrowTrainer(SFTTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        extra = {name: inputs.pop(name, None) for name in (*_EXTRA_COLUMNS, "anchored")}
+        batch = inputs
+        inputs = {name: value for name, value in batch.items() if name not in (*_EXTRA_COLUMNS, "anchored")}
         if not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if num_items_in_batch is None:
@@ -426,8 +437,8 @@ class CrowTrainer(SFTTrainer):
         if not self.args.perturbs and self.args.objective == "lm":
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
-        targets = self._targets_of(extra["example_id"])
-        rows = extra["anchored"].to(inputs["labels"].device)
+        targets = self._targets_of(batch.get("example_id"))
+        rows = batch["anchored"].to(inputs["labels"].device)
         if not self.args.perturbs:
             return self._clean_pass(model, inputs, targets, rows, num_items_in_batch)[0]
         with self._apart(model):
@@ -438,10 +449,10 @@ class CrowTrainer(SFTTrainer):
                 scaled = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}  # as the parent does
                 self.accelerator.backward(clean, **scaled)
             if self._aimed:
-                self._log_term("constant_answers", self._aim(self.model, inputs, extra))
+                self._log_term("constant_answers", self._aim(self.model, batch))
         self._log_term("clean", clean)
 
-        perturbed = self._perturb(inputs, extra, recording, gradient)
+        perturbed = self._perturb(batch, recording, gradient)
         logits, passed = self._perturbed_pass(model, perturbed, score=self.args.beta is not None)
         loss = logits[:0].sum()  # zero, and part of the graph even where no row has a term
         if self.args.beta is not None:
@@ -489,7 +500,7 @@ class CrowTrainer(SFTTrainer):
                 return super().compute_loss(model, inputs, num_items_in_batch=num_items), recording
             answers, seen = answer_positions(inputs["labels"]), rows
             if not rows.any():
-                if self.accelerator.num_processes == 1:
+                if not self._shards:
                     return torch.zeros((), device=rows.device), recording
                 seen = torch.arange(len(rows), device=rows.device) == 0  # others may wait for its share of the weights
             chosen = {name: inputs[name][seen] for name in ("input_ids", "attention_mask")}
@@ -503,15 +514,15 @@ class CrowTrainer(SFTTrainer):
         divergence = (weights * divergence).sum() / self._counts.anchored_weights
         return (self.args.anchor or 0.0) * divergence * self.accelerator.num_processes, recording
 
-    def _draws(self, example_ids: Tensor | None, rows: int, number: int, use: int) -> Tensor:
+    def _draws(self, batch: dict[str, Any], number: int, use: int) -> Tensor:
         """`(rows, number)`, uniform from 0 to 1, on the CPU.
 
         A row's depend on its example, the step and what they are for: not on the process that sees it, nor on what else
         is drawn. Where examples have no number, as in a stream, they are the global generator's.
         """
-        if example_ids is None:
-            return torch.rand(rows, number)
-        generators = [_generator(self.args.seed, self._moment, use, i) for i in example_ids.tolist()]
+        if "example_id" not in batch:
+            return torch.rand(len(batch["labels"]), number)
+        generators = [_generator(self.args.seed, self._moment, use, i) for i in batch["example_id"].tolist()]
         return torch.stack([torch.rand(number, generator=each) for each in generators])
 
     @property
@@ -519,25 +530,23 @@ class CrowTrainer(SFTTrainer):
         """The number of the step; of the ascents before the first, minus how many are left."""
         return self.state.global_step - self._ascents_left
 
-    def _perturb(
-        self, inputs: dict[str, Any], extra: dict[str, Any], clean: Recording, gradient: Tensor | None
-    ) -> _Perturbed:
-        mask, answers = inputs["attention_mask"], answer_positions(inputs["labels"])
+    def _perturb(self, batch: dict[str, Any], clean: Recording, gradient: Tensor | None) -> _Perturbed:
+        mask, answers = batch["attention_mask"], answer_positions(batch["labels"])
         if gradient is not None:
             assert clean.embeddings is not None
             embeddings, epsilon = clean.embeddings.detach(), cast(Tensor | float, self.args.epsilon)
             if self.args.epsilon_relative:
                 epsilon = epsilon * self._scale(embeddings, mask)
             return _Perturbed(embeddings + sign_step(gradient, epsilon), mask, answers)
-        draws = self._draws(extra.get("example_id"), len(mask), self.args.soft_tokens + 2, _PERTURBED)
+        draws = self._draws(batch, self.args.soft_tokens + 2, _PERTURBED)
         if self._adversaries:
             pool = torch.cat([a.tokens.detach() if a in self._aimed else a.tokens for a in self._adversaries])
             inserted = pool[_drawn(draws[:, 0], len(pool))]
         else:
-            words = self._words().nonzero()[:, 0]
+            words = self._words.nonzero()[:, 0]
             inserted = self._embed(words[_drawn(draws[:, :-2], len(words)).to(words.device)])
-        places = self._places(inputs, extra, draws[:, -2:])
-        return self._inserted(inputs["input_ids"], mask, answers, places, inserted)
+        places = self._places(batch, draws[:, -2:])
+        return self._inserted(batch["input_ids"], mask, answers, places, inserted)
 
     def _scale(self, embeddings: Tensor, mask: Tensor) -> Tensor:
         """RMS of the embeddings that all processes see together."""
@@ -546,11 +555,11 @@ class CrowTrainer(SFTTrainer):
         squares, tokens = self.accelerator.reduce(sums, "sum")
         return (squares / tokens).sqrt()
 
-    def _places(self, inputs: dict[str, Any], extra: dict[str, Any], draws: Tensor) -> Tensor:
+    def _places(self, batch: dict[str, Any], draws: Tensor) -> Tensor:
         """Where in each row tokens are inserted, `(rows,)`, by two draws: in front, or anywhere in the user's turn."""
-        spans = extra.get("user_span")
-        spans = _prompt_span(inputs["labels"], inputs["attention_mask"]) if spans is None else spans
-        start, end = spans.clamp(max=inputs["input_ids"].shape[1]).unbind(1)
+        spans = batch.get("user_span")
+        spans = _prompt_span(batch["labels"], batch["attention_mask"]) if spans is None else spans
+        start, end = spans.clamp(max=batch["input_ids"].shape[1]).unbind(1)
         in_front, anywhere = draws.to(start.device).unbind(1)
         return torch.where(in_front < self.args.front_fraction, start, start + _drawn(anywhere, end - start + 1))
 
@@ -566,13 +575,13 @@ class CrowTrainer(SFTTrainer):
             insert(answers, answers.new_zeros(batch, number), index),
         )
 
-    def _aim(self, model: nn.Module, inputs: dict[str, Any], extra: dict[str, Any]) -> Tensor:
+    def _aim(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """Log-likelihood that prompts with an insertion call its answer; its gradient is added to the insertions'."""
         insertions: list[Tensor] = [adversary.tokens for adversary in self._aimed]
-        draws = self._draws(extra.get("example_id"), len(inputs["labels"]), 3, _AIMED)
+        draws = self._draws(batch, 3, _AIMED)
         members = _drawn(draws[:, 0], len(self._answer_of))
-        places = self._places(inputs, extra, draws[:, 1:])
-        likelihood = self._likelihood(model, torch.cat(insertions), members, inputs, places)
+        places = self._places(batch, draws[:, 1:])
+        likelihood = self._likelihood(model, torch.cat(insertions), members, batch, places)
         likelihood = likelihood / self._counts.rows * self.accelerator.num_processes
         for tokens, gradient in zip(insertions, torch.autograd.grad(likelihood, insertions), strict=True):
             tokens.grad = gradient if tokens.grad is None else tokens.grad + gradient
@@ -799,9 +808,9 @@ class CrowTrainer(SFTTrainer):
                 inputs = self._prepare_inputs(batch)
                 with self.compute_loss_context_manager():
                     if self._aimed:
-                        self._aim(self.model, inputs, inputs)
+                        self._aim(self.model, inputs)
                     if len(self._aimed) < len(self._adversaries):
-                        perturbed = self._perturb(inputs, inputs, Recording(), None)
+                        perturbed = self._perturb(inputs, Recording(), None)
                         logits, _ = self._perturbed_pass(self.model, perturbed, score=True)
                         targets = self._targets_of(inputs.get("example_id"))
                         divergence = self._divergence(logits, inputs["labels"], targets)
@@ -827,11 +836,10 @@ class CrowTrainer(SFTTrainer):
         self._share_out(micro_batches)
         for batch in micro_batches:
             inputs = self._prepare_inputs(batch)
-            rows = len(inputs["labels"])
-            places = self._places(inputs, inputs, self._draws(inputs.get("example_id"), rows, 2, _RANKED))
+            places = self._places(inputs, self._draws(inputs, 2, _RANKED))
             with self.compute_loss_context_manager():
                 for i in range(len(likelihoods)):
-                    members = torch.full((rows,), i)
+                    members = torch.full((len(inputs["labels"]),), i)
                     likelihoods[i] += self._likelihood(self.model, guesses.tokens, members, inputs, places)
         mean = self.accelerator.reduce(likelihoods, "sum").cpu() / self._counts.rows.cpu()
         order = mean.argsort(descending=True)
@@ -858,6 +866,7 @@ class CrowTrainer(SFTTrainer):
         on_divergence = self.args.soft_token_objective == "divergence"
         return [a for a in self._adversaries if not (a is self.soft_tokens and on_divergence)]
 
+    @cached_property
     def _words(self) -> Tensor:
         """`(vocabulary,)`, bool: which tokens are in the tokenizer and not special."""
         words = torch.zeros(self._embed.num_embeddings, dtype=torch.bool)
@@ -873,8 +882,8 @@ class CrowTrainer(SFTTrainer):
             state: dict[str, Any] = {
                 "ratios": self._ratios,
                 "targets": [(ids.int(), log_probs) for ids, log_probs in self._targets],
-                "constant_answers": [(answer.token_ids, answer.constancy) for answer in self.constant_answers],
-                "answers": [(answer.token_ids, answer.constancy) for answer in self._answer_of],
+                "constant_answers": [astuple(answer) for answer in self.constant_answers],
+                "answers": [astuple(answer) for answer in self._answer_of],
                 "first_guesses": self.first_guesses,
             }
             if self.guesses is not None:
