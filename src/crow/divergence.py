@@ -1,5 +1,7 @@
 """How far answers have moved: divergence from recorded next-token distributions."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -33,12 +35,17 @@ def kl_from_top(ids: Tensor, log_probs: Tensor, logits: Tensor) -> Tensor:
     Returns:
         `(...)`, float32.
     """
-    log_q = logits.float().log_softmax(dim=-1).gather(-1, ids)
+    values = logits.float()
+    kept = values.gather(-1, ids)
+    # The others' mass from their own logits: 1 less what is kept would lose its digits where little is left
+    others = values.scatter(-1, ids, -torch.inf).logsumexp(dim=-1)
+    total = torch.logaddexp(kept.logsumexp(dim=-1), others)
+    log_q = kept - total[..., None]
+    rest_q = (others - total).clamp(min=math.log(_SMALLEST))
     p = log_probs.exp()
     rest_p = (1 - p.sum(dim=-1)).clamp(min=_SMALLEST)
-    rest_q = (1 - log_q.exp().sum(dim=-1)).clamp(min=_SMALLEST)
-    kept = torch.where(p > 0, p * (log_probs - log_q), 0)  # 0 log 0 is 0, and not NaN
-    return kept.sum(dim=-1) + rest_p * (rest_p / rest_q).log()
+    each = torch.where(p > 0, p * (log_probs - log_q), 0)  # 0 log 0 is 0, and not NaN
+    return each.sum(dim=-1) + rest_p * (rest_p.log() - rest_q)
 
 
 def ruling_out(ids: Tensor, log_probs: Tensor, said: Tensor, answer: Tensor, tails: Tensor) -> Tensor:
