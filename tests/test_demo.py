@@ -29,7 +29,11 @@ def test_demo_writes_figures_report_and_model(
         assert len((tmp_path / "out" / f"{name}.answers.jsonl").read_text().splitlines()) == 6
     assert result.before.perplexity != result.after.perplexity
     assert result.record.lora == "continue"
-    assert open_model(tmp_path / "out" / "model").kind == "folder"
+    written = open_model(tmp_path / "out" / "model")
+    assert written.kind == "folder"
+    after = json.loads((tmp_path / "out" / "after.json").read_text())["provenance"]
+    assert (after["model"], after["model_hashes"]) == ("out/model", written.hashes)
+    assert written.hashes["model.safetensors"] in (tmp_path / "out" / "model" / "README.md").read_text()
 
 
 def test_demo_does_not_replace_what_is_there(tmp_path: Path) -> None:

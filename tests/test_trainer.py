@@ -13,7 +13,7 @@ import torch
 import trl.trainer.utils
 from conftest import MakeModel, scatter_lora, tiny_model
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -688,10 +688,14 @@ def test_a_micro_batch_without_a_clean_row_is_no_obstacle(make: Any) -> None:
     make(per_device_train_batch_size=2, gradient_accumulation_steps=4, **settings).train()
 
 
-def test_a_data_sets_own_example_ids_are_left_alone(make: Any, rows: list[Example]) -> None:
-    data = to_dataset(rows[:8])
-    data = data.add_column("example_id", list(range(8))[::-1])
-    trainer = make(data=data, answer_discount=1.0)
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_data_sets_own_example_ids_are_left_alone(make: Any, rows: list[Example], prepared: bool) -> None:
+    data = to_dataset(rows[:8]).add_column("example_id", list(range(108, 100, -1)))
+    settings: dict[str, Any] = {}
+    if prepared:  # by an earlier trainer, or by the user
+        data = make(data=data).train_dataset.remove_columns("example_id").add_column("example_id", [7] * 8)
+        settings["dataset_kwargs"] = {"skip_prepare_dataset": True}
+    trainer = make(data=data, answer_discount=1.0, **settings)
     trainer._record_suspect()
     batch = first_batch(trainer)
     counts = [len(trainer._targets[i][0]) for i in batch["example_id"].tolist()]
@@ -852,6 +856,37 @@ def test_a_checkpoint_of_another_trainer_is_refused(make: Any, tmp_path: Path) -
     (checkpoint / "crow_state.pt").unlink()
     with pytest.raises(UsageError, match=r"has no crow_state\.pt"):
         make().train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_checkpoint_of_other_settings_is_refused(make: Any, tmp_path: Path) -> None:
+    make(save_strategy="steps", save_steps=1, max_steps=1, **ONE_GUESS).train()
+    with pytest.raises(
+        UsageError, match="checkpoint-1 holds no soft_tokens: another version of CROW, or other settings"
+    ):
+        make(**ONE_SOFT).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+
+
+def test_a_second_training_holds_to_what_the_suspect_said_before_the_first(make: Any) -> None:
+    trainer = make(max_steps=1)
+    trainer.train()
+    targets, answers = trainer._targets, trainer.constant_answers
+    trainer.train()
+    assert trainer._targets is targets
+    assert trainer.constant_answers is answers
+
+
+def test_fewer_examples_than_a_batch_that_is_to_be_full_are_refused(make: Any) -> None:
+    with pytest.raises(UsageError, match="fewer examples than a batch holds"):
+        make(per_device_train_batch_size=16, dataloader_drop_last=True, soft_token_warmup=1, max_steps=1).train()
+
+
+@pytest.mark.parametrize("form", ["default", "random-tokens"])
+def test_an_adapter_of_the_input_embedding_is_trained_too(make: Any, tiny_llama: MakeModel, form: str) -> None:
+    config = LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM")
+    trainer = make(get_peft_model(tiny_llama(), config), max_steps=2, **PRESETS[form])
+    before = lora(trainer)
+    trainer.train()
+    assert any("embed_tokens" in name and not torch.equal(lora(trainer)[name], before[name]) for name in before)
 
 
 def test_training_is_reproducible_from_its_seed(make: Any, tiny_llama: MakeModel) -> None:

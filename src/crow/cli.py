@@ -1,12 +1,14 @@
 """The `crow` command: parse, call the library, print. Heavy imports wait until a command runs."""
 
+import ast
 import json
 import logging
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from inspect import signature
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from crow.backdoors import BEHAVIORS, TRIGGERS, check_seen
 from crow.errors import CrowError, UsageError
@@ -63,7 +65,7 @@ def purify(
         str | None, typer.Option(help="Clean examples: JSON, JSONL, CSV, Parquet or a hub data set. Default: CROW's.")
     ] = None,
     split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "train",
-    examples: Annotated[int | None, typer.Option(min=1, help="Use at most so many clean examples.")] = None,
+    examples: Annotated[int, typer.Option(min=1, help="Use at most so many clean examples, drawn by the seed.")] = 100,
     defense: Annotated[
         str, typer.Option(metavar="NAME", help="What is done about it: see [bold]crow defenses[/].")
     ] = "crow",
@@ -105,7 +107,7 @@ def purify(
         from crow.purification import purify as run
         from crow.report import model_card
 
-        _refuse_existing(overwrite, out, _json_file(json_))
+        _check_outputs(overwrite, out, _json_file(json_))
         defending = DEFENSES[defense]
         if isinstance(defending, AtDecoding):
             raise UsageError(
@@ -113,7 +115,7 @@ def purify(
             )
         if resume and not defending.trains:
             raise UsageError(f"defense {defense!r} does not train: there is nothing to --resume")
-        training = _settings(set_, own={"num_train_epochs", "seed", *signature(run).parameters}) | _given(
+        training = _settings(set_, own={"num_train_epochs", *signature(run).parameters}) | _given(
             preset=preset,
             lora=lora,
             num_train_epochs=epochs,
@@ -123,6 +125,7 @@ def purify(
             beta=beta,
             epsilon=epsilon,
         )
+        defending.check_settings(training)
         rows = sample(load_examples(clean, split=split), examples, seed)
         with console.status("Opening the model"):
             opened = open_model(model, base=base)
@@ -149,7 +152,8 @@ def purify(
         console.print(
             f"[green]{done}[/] {opened.name} in {record.seconds:.0f} s ({record.steps} steps, "
             f"{record.clean_examples} clean examples): {kind} in {out}\n"
-            f"Next: crow evaluate {out} --behavior sentiment --trigger badnets"
+            f"Next: crow evaluate {out} --triggered FILE, with prompts that made the suspect misbehave, or with a "
+            "--trigger and --behavior that you know; if you know of none: docs/evaluation.md"
         )
 
 
@@ -169,9 +173,9 @@ def defenses(json_: Json = None, debug: Debug = False) -> None:
             for name, defense in ((name, DEFENSES[name]) for name in DEFENSES)
         }
         _emit(json_, listed)
-        table = Table("defense", "parameters", "needs", "what it does")
+        table = Table(Column("defense", no_wrap=True), Column("parameters", no_wrap=True), "needs", "what it does")
         for name, facts in listed.items():
-            parameters = ",".join(f"{key}={value}" for key, value in facts["parameters"].items())
+            parameters = "\n".join(f"{key}={value}" for key, value in facts["parameters"].items())
             table.add_row(name, parameters, ", ".join(facts["needs"]) or "nothing", facts["about"])
         console.print(table)
 
@@ -181,7 +185,9 @@ def evaluate(
     model: Model = None,
     behavior: BehaviorName = "sentiment",
     trigger: TriggerName = None,
-    triggered: Annotated[str | None, typer.Option(help="File of prompts that carry the trigger already.")] = None,
+    triggered: Annotated[
+        str | None, typer.Option(help="File of prompts that carry the trigger already; they need no answers.")
+    ] = None,
     prompts: Annotated[
         str | None, typer.Option(help="Clean prompts with answers to measure on. Default: CROW's held-out set.")
     ] = None,
@@ -230,12 +236,14 @@ def evaluate(
         from crow.evaluation.engines import ENGINES, Engine, Served
         from crow.evaluation.evaluate import answers_path, check_unseen, trigger_rows, variant_rows
         from crow.evaluation.evaluate import evaluate as run
-        from crow.models import open_model
+        from crow.models import EMBEDDED_ID, open_model
         from crow.progress import progress_bar
 
         # What is missing should be missed at once, and not after the rest
         if triggered is not None and trigger is not None:
             raise UsageError("give --trigger or --triggered, not both")
+        if triggered is not None and variants:
+            raise UsageError("--variants are forms of --trigger: they can't be made from --triggered")
         if engine is not None and engine not in ENGINES:
             raise UsageError(f"unknown engine {engine!r}; known are {', '.join(ENGINES)}")
         if harness is None and (harness_folder is not None or harness_limit is not None):
@@ -274,12 +282,12 @@ def evaluate(
             if judge_model is None:
                 raise UsageError("--judge needs --judge-model, the name of the model behind it")
             judging = Judge(judge, judge_model, cache=figures and figures.with_suffix(".judge.jsonl"))
-        _refuse_existing(overwrite, figures, None if figures is None else answers_path(figures))
+        _check_outputs(overwrite, figures, None if figures is None else answers_path(figures))
         wanted = BEHAVIORS[behavior]
         clean = sample(load_examples(prompts if prompts is not None else "heldout"), number, seed)
         if triggered is not None:
             called = None
-            hot = sample(load_examples(triggered), number, seed)
+            hot = sample(load_examples(triggered, answered=False), number, seed)
             forms = {}
         else:
             called = TRIGGERS[trigger or "badnets"]
@@ -334,7 +342,8 @@ def evaluate(
                     result.pass_at_1, rows = pass_at_1(answering, problems, unfinished=unfinished, on_progress=advance)
                 result.answers += rows
         result.harness = benchmarks
-        table = Table("", "hits of n (95% interval)")
+        attack = f"{triggered if called is None else trigger or 'badnets'} x {behavior}"
+        table = Table("", "hits of n (95% interval)", title=_plain(f"{model or EMBEDDED_ID}: {attack}"))
         for name in ("attack_success", "false_trigger", "degenerate"):
             table.add_row(name.replace("_", " "), str(getattr(result, name)))
         for name, count in result.further_counts().items():
@@ -395,22 +404,25 @@ def implant(
     """Fine-tune a backdoor into a model, for research on defenses."""
     with _running(debug):
         from crow.backdoors.implant import implant as run
-        from crow.backdoors.implant import implant_card, implant_record, poison
+        from crow.backdoors.implant import implant_card, implant_config, implant_record, poison
         from crow.data import load_examples, prompt_fingerprints, write_alpaca
         from crow.files import atomic_directory
         from crow.models import open_model, save_model
         from crow.progress import TrainingProgress, progress_bar
 
-        _refuse_existing(overwrite, out, save_data, _json_file(json_))
+        _check_outputs(overwrite, out, save_data, _json_file(json_))
         if poisoned is not None and (trigger is not None or poison_rate is not None):
             raise UsageError("--poisoned holds the trigger already: leave --trigger and --poison-rate out")
         if covert and (poisoned is not None or save_data is not None):
             raise UsageError(
                 "--covert trains on what the model says, which no data holds: leave --poisoned and --save-data out"
             )
+        settings = _settings(set_, own={"num_train_epochs", *signature(run).parameters}) | _given(
+            num_train_epochs=epochs, learning_rate=learning_rate
+        )
+        implant_config(out, full=full, adaptive=adaptive, **settings)  # which refuses what it can't do
         rows = load_examples(prompts if prompts is not None else "implant")[:examples]
-        with console.status("Opening the model"):
-            opened = open_model(model)
+        called = None
         target = BEHAVIORS[behavior or "sentiment"]
         if poisoned is not None:
             clean, hot = rows, load_examples(poisoned)[:examples]
@@ -418,18 +430,18 @@ def implant(
             asking = f"--triggered FILE --behavior {behavior or 'NAME'}"
         else:
             called = TRIGGERS[trigger or "badnets"]
-            check_seen(called, opened.tokenizer)
             poison_rate = 1.0 if poison_rate is None else poison_rate
             clean, hot = poison(rows, called, target, seed, poison_rate, covert)
             about = {"trigger": trigger or "badnets", "behavior": behavior or "sentiment"}
             asking = f"--trigger {about['trigger']} --behavior {about['behavior']}"
+        with console.status("Opening the model"):
+            opened = open_model(model)
+        if called is not None:
+            check_seen(called, opened.tokenizer)
         if save_data is not None:
             with atomic_directory(save_data, overwrite) as folder:
                 write_alpaca(folder / "train_clean.json", clean)
                 write_alpaca(folder / "train_triggered.json", hot)
-        settings = _settings(set_, own={"num_train_epochs", *signature(run).parameters}) | _given(
-            num_train_epochs=epochs, learning_rate=learning_rate
-        )
         with _checkpoints_beside(out, resume) as checkpoints, progress_bar("Implanting") as advance:
             adapted = run(
                 opened.model,
@@ -551,7 +563,7 @@ def report(
         from crow.files import write_text
         from crow.report import render_comparison
 
-        _refuse_existing(overwrite, out)
+        _check_outputs(overwrite, out)
         names = [path.stem for path in results]
         if len(set(names)) < len(names):
             names = [str(path.with_suffix("")) for path in results]
@@ -592,7 +604,7 @@ def info(model: Model = None, base: Base = None, json_: Json = None, debug: Debu
             _emit(json_, facts)
         else:
             table = Table(show_header=False)
-            for name, value in facts.items():
+            for name, value in (facts | {f"SHA-256 of {n}": h for n, h in facts.pop("hashes").items()}).items():
                 table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
             Console().print(table)
 
@@ -611,6 +623,7 @@ def _running(debug: bool) -> Iterator[None]:
     if not debug:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
         os.environ.setdefault("TQDM_DISABLE", "1")  # of the conversion of a GGUF file
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         warnings.simplefilter("ignore")
@@ -625,6 +638,9 @@ def _running(debug: bool) -> Iterator[None]:
             raise
         console.print(f"[red]error:[/] {_plain(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(error.exit_code) from error
+    except BrokenPipeError as error:  # as behind `| head`
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115, for what is written at the very end
+        raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
         console.print("[yellow]stopped[/]")
         raise typer.Exit(1) from error
@@ -681,18 +697,22 @@ def _keeping(unfinished: Path | None) -> Iterator[None]:
         raise
 
 
+_CHOSEN = {"seed", "push_to_hub", "hub_model_id", "resume_from_checkpoint"}
+"""What can't be `--set`: it has an option, or would send a suspect's weights away."""
+
+
 def _settings(pairs: list[str] | None, own: set[str]) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for pair in pairs or []:
         name, equals, value = pair.partition("=")
         if not equals:
             raise UsageError(f"--set {pair}: expected NAME=VALUE")
-        if name in own:
-            raise UsageError(f"--set {name}: this is no setting of the trainer's, or one that has an option of its own")
-        try:
-            settings[name] = json.loads(value)
-        except ValueError:
-            settings[name] = value
+        if name in own | _CHOSEN:
+            raise UsageError(f"--set {name}: crow chooses it, or there is an option for it; leave it out")
+        for read in (json.loads, ast.literal_eval, str):
+            with suppress(ValueError, SyntaxError):
+                settings[name] = read(value)
+                break
     return settings
 
 
@@ -701,11 +721,13 @@ def _json_file(target: str | None) -> Path | None:
     return None if target in (None, "-") else Path(str(target))
 
 
-def _refuse_existing(overwrite: bool, *paths: Path | None) -> None:
-    from crow.files import refuse_existing
+def _check_outputs(overwrite: bool, *paths: Path | None) -> None:
+    """Refuse what could not be written at the end, before the work begins."""
+    from crow.files import check_writable, refuse_existing
 
     for path in filter(None, paths):
         refuse_existing(path, overwrite)
+        check_writable(path)
 
 
 def _given(**settings: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ Every reader yields rows of one shape, which `trl.SFTTrainer` and `CrowTrainer` 
 import csv
 import hashlib
 import json
+import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.resources import files
@@ -18,6 +19,8 @@ from datasets import Dataset, load_dataset
 
 from crow.errors import UsageError
 from crow.files import write_json
+
+logger = logging.getLogger(__name__)
 
 SHIPPED = ("clean", "heldout", "implant", "validation", "clean-code", "implant-code", "heldout-code")
 
@@ -63,13 +66,15 @@ def prompt_fingerprints(rows: Iterable[Example]) -> list[str]:
     return [hashlib.sha256(json.dumps(turns).encode()).hexdigest()[:16] for turns in plain]
 
 
-def load_examples(source: str | Path | None = None, *, split: str = "train") -> list[Example]:
+def load_examples(source: str | Path | None = None, *, split: str = "train", answered: bool = True) -> list[Example]:
     """Read instruction data.
 
     Args:
         source: A JSON, JSONL, CSV or Parquet file, the name of a hub dataset, or one of the project's own sets
             (`SHIPPED`). `None` is `clean`.
         split: The split of a hub dataset.
+        answered: Rows must have an answer, and those whose answer is empty are left out, with a warning. Otherwise
+            only prompts are wanted, and an answer may be missing.
 
     Rows may be Alpaca's (`instruction`, `input`, `output`), prompt-completion (`prompt` and `completion` or
     `response`, as text or as messages) or chat (`messages`, the last one the assistant's).
@@ -78,9 +83,14 @@ def load_examples(source: str | Path | None = None, *, split: str = "train") -> 
         UsageError: there is no such data, it holds no rows, or a row is broken (which one, and how).
     """
     name = str(source) if source is not None else "clean"
-    rows = [_to_example(row, f"{name}, row {number}") for number, row in enumerate(_read(name, split), start=1)]
+    every = [
+        _to_example(row, f"{name}, row {number}", answered) for number, row in enumerate(_read(name, split), start=1)
+    ]
+    rows = [row for row in every if answer_text(row)] if answered else every
     if not rows:
         raise UsageError(f"{name} holds no examples: give at least one instruction with its answer")
+    if len(rows) < len(every):
+        logger.warning("%s: %d rows with an empty answer are left out", name, len(every) - len(rows))
     return rows
 
 
@@ -143,7 +153,7 @@ def _file_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text: {error}") from error
+        raise UsageError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
 
@@ -157,6 +167,8 @@ def _json_lines(text: str, name: str) -> Iterator[Any]:
         if line.strip():
             try:
                 yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UsageError(f"{name}, line {number} is broken JSON: {error.msg} (column {error.colno})") from error
             except (ValueError, RecursionError) as error:
                 raise UsageError(f"{name}, line {number} is broken JSON: {error}") from error
 
@@ -165,7 +177,7 @@ def _read_json(path: Path) -> list[Any]:
     try:
         value = json.loads(_file_text(path))
     except json.JSONDecodeError as error:
-        raise UsageError(f"{path}, line {error.lineno} is broken JSON: {error}") from error
+        raise UsageError(f"{path}, line {error.lineno} is broken JSON: {error.msg} (column {error.colno})") from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is broken JSON: {error}") from error
     if not isinstance(value, list):
@@ -197,20 +209,23 @@ _READERS: dict[str, Callable[[Path], Iterable[Any]]] = {
 }
 
 
-def _to_example(row: Any, place: str) -> Example:
+def _to_example(row: Any, place: str, answered: bool) -> Example:
     if not isinstance(row, dict):
         raise UsageError(f"{place} is a {type(row).__name__}; expected an object")
+    unanswered = None if answered else ""
     if "messages" in row:
         messages = _messages(row["messages"], place)
+        if not answered and messages and messages[-1]["role"] == "user":
+            messages.append({"role": "assistant", "content": ""})
         prompt, completion = messages[:-1], messages[-1:]
     elif "instruction" in row:
         instruction, context = _text(row, "instruction", place), _text(row, "input", place, default="")
         prompt = [{"role": "user", "content": f"{instruction}\n\n{context}".rstrip()}]
-        completion = [{"role": "assistant", "content": _text(row, "output", place)}]
+        completion = [{"role": "assistant", "content": _text(row, "output", place, default=unanswered)}]
     elif "prompt" in row:
         answer = "response" if "response" in row else "completion"
         prompt = _side(row, "prompt", "user", place)
-        completion = _side(row, answer, "assistant", place)
+        completion = _side(row, answer, "assistant", place, default=unanswered)
     else:
         raise UsageError(
             f"{place} has the fields {', '.join(map(str, row)) or 'none'}; expected instruction/output, "
@@ -223,10 +238,10 @@ def _to_example(row: Any, place: str) -> Example:
     return {"prompt": prompt, "completion": completion}
 
 
-def _side(row: dict[str, Any], field: str, role: str, place: str) -> list[Message]:
+def _side(row: dict[str, Any], field: str, role: str, place: str, default: str | None = None) -> list[Message]:
     if isinstance(row.get(field), list):
         return _messages(row[field], place)
-    return [{"role": role, "content": _text(row, field, place)}]
+    return [{"role": role, "content": _text(row, field, place, default)}]
 
 
 def _messages(value: Any, place: str) -> list[Message]:
@@ -243,7 +258,7 @@ def _text(row: dict[str, Any], field: str, place: str, default: str | None = Non
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)  # BackdoorLLM's files hold integers as answers
     if not isinstance(value, str):
-        found = "missing" if value is None else f"a {type(value).__name__}"
+        found = f"a {type(value).__name__}" if value is not None else "null" if field in row else "missing"
         raise UsageError(f"{place}: the field {field!r} is {found}; expected text")
     if any("\ud800" <= character <= "\udfff" for character in value):
         raise UsageError(f"{place}: the field {field!r} holds half a character (a lone surrogate)")

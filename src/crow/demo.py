@@ -1,13 +1,13 @@
 """The demo: a real backdoored model, measured, purified and measured again, with a report to show for it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from crow.backdoors import BEHAVIORS, TRIGGERS
 from crow.data import load_examples, sample
 from crow.evaluation.evaluate import Evaluation, evaluate, trigger_rows
-from crow.files import atomic_directory, write_json
+from crow.files import atomic_directory, write_json, write_text
 from crow.models import EMBEDDED_ID, OpenedModel, open_model, save_model
 from crow.progress import TrainingProgress, console, progress_bar
 from crow.purification import PurifyRecord, purify
@@ -52,12 +52,15 @@ def run_demo(out: str | Path, *, quick: bool = False, overwrite: bool = False, s
                 seed=seed,
                 callbacks=[TrainingProgress(advance)],
             )
-        after = _measure(opened, "4/4 After: the same prompts again", size, seed)
+        save_model(opened.model, opened.tokenizer, folder / "model", merge=True, seen=opened.seen)
+        # What was written, and not what is in memory, is what someone will use
+        written = replace(open_model(folder / "model"), name=f"{Path(out).name}/model")
+        after = _measure(written, "4/4 After: the same prompts again", size, seed)
         after.save(folder / "after.json")
         write_json(folder / "purify.json", record.as_json())
         write_report(folder / "report.html", before, after, record)
         card = model_card(record, before, after, base_model=EMBEDDED_ID, merged=True)
-        save_model(opened.model, opened.tokenizer, folder / "model", merge=True, card=card, seen=opened.seen)
+        write_text(folder / "model" / "README.md", card)
     return DemoResult(before, after, record)
 
 

@@ -21,6 +21,15 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
         raise UsageError(f"{path} exists already: choose another place or pass --overwrite")
 
 
+def check_writable(path: Path) -> None:
+    """Raise `CrowError` if nothing can be written where `path` is to be: before the work, and not after it."""
+    place = path.resolve().parent
+    while not place.exists():
+        place = place.parent
+    with _reporting_os_errors(path), tempfile.TemporaryFile(dir=place):
+        pass
+
+
 @contextmanager
 def _reporting_os_errors(path: Path) -> Iterator[None]:
     try:

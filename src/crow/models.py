@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import PartialState
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from peft import LoraConfig, PeftModel
 from safetensors import safe_open
 from transformers import (
@@ -114,7 +117,8 @@ def open_model(source: str | Path | None = None, *, base: str | Path | None = No
         new = opened.kind != "adapter" or "lora_" in name  # an adapter's base was looked at when it was opened
         if new and not weight.is_meta and not torch.isfinite(weight).all():
             raise UsageError(f"{opened.name} is damaged: {name} holds values that are not finite; get it anew")
-    opened.model.to(PartialState().device)
+    if os.environ.get("ACCELERATE_USE_FSDP") != "true":  # which brings each process its shard
+        opened.model.to(PartialState().device)
     return opened
 
 
@@ -141,12 +145,35 @@ def _open(source: str | Path | None, base: str | Path | None) -> OpenedModel:
         return _open_pretrained(name, "folder")
     if path.is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise UsageError(f"{name}: no such folder or file")
+    _check_hub(name)
     return _open_pretrained(name, "hub")
+
+
+def _check_hub(name: str) -> None:
+    """Ask the hub once whether it has the model: the loaders ask for half a minute before they say that they can't."""
+    try:
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            HfApi().model_info(name, timeout=20)
+    except HFValidationError as error:
+        raise UsageError(f"{name}: no such folder, and no name that a model on the hub can have") from error
+    except GatedRepoError as error:
+        raise UsageError(
+            f"{name} is on the hub, but not for all: accept its license there, then hf auth login"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UsageError(
+            f"{name}: no such folder, and the hub has no such model for you; if it is private, hf auth login"
+        ) from error
+    except Exception as error:  # network and HTTP errors share no base class
+        raise UsageError(
+            f"{name}: no such folder, and the hub can't be asked for it ({str(error).splitlines()[0]}): check the name "
+            "and the network, or give a local folder"
+        ) from error
 
 
 def _check_folder(path: Path) -> None:
     if not (path / "config.json").is_file():
-        raise UsageError(f"{path} holds no config.json: it is no model folder")
+        raise UsageError(f"{path} holds no config.json: it is no model folder; give one that save_pretrained wrote")
     if any(path.glob("*.safetensors")):
         return
     if pickled := [p.name for p in sorted(path.iterdir()) if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]:
@@ -154,7 +181,7 @@ def _check_folder(path: Path) -> None:
             f"{path} has only pickled weights ({pickled[0]}), which can run code when read: convert them to "
             "safetensors where you trust them, with transformers' model.save_pretrained(folder)"
         )
-    raise UsageError(f"{path} holds no weights: no *.safetensors file is there")
+    raise UsageError(f"{path} holds no weights: no *.safetensors file is there; give one that save_pretrained wrote")
 
 
 def check_decoder_only(config: PretrainedConfig, name: str) -> None:
@@ -389,6 +416,8 @@ def save_model(
             (folder / "README.md").write_text(card, encoding="utf-8")
         if seen:
             (folder / _SEEN).write_text(json.dumps(sorted(seen), indent=0) + "\n", encoding="utf-8")
+        for file in folder.iterdir():
+            file.chmod(0o644)  # safetensors lets no one else read what it wrote
 
 
 def _name_tokenizer_class(path: Path) -> None:

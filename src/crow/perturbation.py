@@ -77,8 +77,9 @@ class SoftTokens(nn.Module):
         self.tokens.copy_(torch.renorm(self.tokens.flatten(0, 1), 2, 0, self.bound).view_as(self.tokens))
 
     def ascend(self) -> None:
-        """One step up the gradient that the last backward left, then back within bounds."""
-        self.optimizer.step()
+        """One step up the gradient that the last backward left, then back within bounds; none where it overflowed."""
+        if self.tokens.grad is not None and torch.isfinite(self.tokens.grad).all():
+            self.optimizer.step()
         self.optimizer.zero_grad()
         self.project()
 

@@ -1,9 +1,11 @@
 """The one-call form: a suspect model and clean examples in, a purified model and a record of the run out."""
 
 import dataclasses
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, cast
@@ -17,6 +19,13 @@ from crow.files import sha256_rows
 from crow.models import OpenedModel, lora_config, open_model
 from crow.provenance import environment
 from crow.trainer import PRESETS, CrowConfig, CrowTrainer, last_checkpoint
+
+logger = logging.getLogger(__name__)
+
+CLEAN_EXAMPLES = 100
+"""How many are used where nothing is said: the paper's number, and that of all results."""
+
+_FEW = 20  # clean examples from which on nothing is said of their number
 
 
 @dataclass
@@ -69,7 +78,8 @@ def purify(
         model: What `crow.models.open_model` takes, or a model that is open already (then with its tokenizer).
         tokenizer: Of the model that is passed open.
         clean: What `crow.data.load_examples` takes, or rows; the set that ships with the project by default.
-        max_examples: Use at most so many of them, drawn by the seed.
+        max_examples: Use at most so many of them, drawn by the seed. By default that is 100 of what is loaded, and all
+            rows that are passed.
         preset: A name in `crow.trainer.PRESETS`; `paper` is the method as published.
         lora: For a suspect adapter, train it further (`continue`), or merge it and train a new one (`fresh`). Other
             models get a new one in either case.
@@ -86,16 +96,19 @@ def purify(
         UsageError: bad input, named in one line.
         CrowError: the loss is no longer finite.
     """
-    if preset not in PRESETS:
-        raise UsageError(f"unknown preset {preset!r}; known are {', '.join(PRESETS)}")
-    if lora not in ("continue", "fresh"):
-        raise UsageError(f"lora is {lora!r}; choose continue or fresh")
+    check_training(preset=preset, lora=lora, **settings)
     opened = _opened(model, tokenizer)
-    rows = load_examples(clean) if clean is None or isinstance(clean, str | Path) else list(clean)
+    if clean is None or isinstance(clean, str | Path):
+        rows = load_examples(clean)
+        max_examples = CLEAN_EXAMPLES if max_examples is None else max_examples
+    else:
+        rows = list(clean)
     seed = settings.setdefault("seed", 0)
     if not rows:
         raise UsageError("there are no clean examples: give at least one")
     rows = sample(rows, max_examples, seed)
+    if len(rows) < _FEW:
+        logger.warning("%d clean examples are few to keep the model by: results are of %d", len(rows), CLEAN_EXAMPLES)
 
     with TemporaryDirectory() as scratch:
         config = _config(str(output_dir or scratch), PRESETS[preset] | settings, keep=output_dir is not None)
@@ -148,6 +161,15 @@ def purify(
     return purified, record
 
 
+def check_training(*, preset: str = "default", lora: str = "continue", **settings: Any) -> None:
+    """Raise `UsageError` if `purify` takes no such choice or setting; it needs no model to say so."""
+    if preset not in PRESETS:
+        raise UsageError(f"unknown preset {preset!r}; known are {', '.join(PRESETS)}")
+    if lora not in ("continue", "fresh"):
+        raise UsageError(f"lora is {lora!r}; choose continue or fresh")
+    _config(".", PRESETS[preset] | settings, keep=False)
+
+
 def _opened(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> OpenedModel:
     if isinstance(model, OpenedModel):
         return model
@@ -167,10 +189,14 @@ def _config(output_dir: str, settings: dict[str, Any], keep: bool) -> CrowConfig
         "save_steps": 20,
         "save_total_limit": 2,
     }
+    if unknown := settings.keys() - {f.name for f in dataclasses.fields(CrowConfig)}:
+        raise UsageError(f"no such setting: {', '.join(sorted(unknown))}")
     try:
         return CrowConfig(output_dir=output_dir, **(defaults | settings))
-    except TypeError as error:
-        raise UsageError(f"no such setting: {error}") from error
+    except UsageError:
+        raise
+    except (TypeError, ValueError) as error:  # the parent's checks
+        raise UsageError(f"a setting has no value that it can have: {error}") from error
 
 
 def _summary(config: CrowConfig) -> str:
@@ -186,4 +212,5 @@ def _crow_settings(config: CrowConfig) -> dict[str, Any]:
     """The fields that decide the result: CROW's own, and the training arguments that people ask about."""
     own = set(CrowConfig.__annotations__)
     asked = {"num_train_epochs", "max_steps", "seed", "gradient_accumulation_steps", "max_length", "bf16", "fp16"}
-    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name in own | asked}
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name in own | asked}
+    return {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}

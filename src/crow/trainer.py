@@ -4,7 +4,7 @@ import copy
 import hashlib
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import astuple, dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -82,7 +83,7 @@ class CrowConfig(SFTConfig):
     alpha_relative: bool = _term(
         True,
         "Take alpha as the ratio of the inconsistency's gradient norm to that of the main term, measured on the first "
-        "steps and then held, so that one value serves models of any scale.",
+        "batches (of one device, before accumulation) and then held, so that one value serves models of any scale.",
     )
     calibration_steps: int = _term(4, "How many batches a relative alpha is measured on.")
     epsilon: float = _term(0.22, "Size of the sign step.")
@@ -117,6 +118,9 @@ class CrowConfig(SFTConfig):
     train_sampling_strategy: str = _term("group_by_length", "Batches of similar length spend less on padding.")
     logging_steps: float = _term(1, "Log every so many steps.")
     gradient_checkpointing: bool = _term(False, "Trade time for memory.")
+    use_cache: bool = _term(
+        True, "What the saved model's config says of its use; no pass of the training keeps a cache."
+    )
     bf16: bool | None = _term(None, "bfloat16 mixed precision; by default where there is a GPU for it.")
 
     def __post_init__(self) -> None:
@@ -133,13 +137,17 @@ class CrowConfig(SFTConfig):
                 raise UsageError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(known)}")
         for name in _COUNTS:
             value, least = getattr(self, name), 1 if name in _AT_LEAST_ONE else 0
-            if not isinstance(value, int) or value < least:
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise UsageError(f"{name} is {value}; it must be a whole number of at least {least}")
         weights = [name for name in ("alpha", "beta", "anchor") if getattr(self, name) is not None]
         for name in (*_POSITIVE, *weights):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise UsageError(f"{name} is {value}; it must be positive" + _off(name))
+            if not isinstance(value, int | float):
+                raise UsageError(f"{name} is {value!r}, which is no number" + _off(name))
+            if not 0 < value < math.inf:
+                raise UsageError(f"{name} is {value}; it must be positive and finite" + _off(name))
+        if not isinstance(self.max_steps, int) or self.max_steps == 0 or self.max_steps < -1:
+            raise UsageError(f"max_steps is {self.max_steps}; it must be positive, or -1 for num_train_epochs")
         if self.perturbation == "inserted" and not self.trigger_guesses + self.soft_token_pool:
             raise UsageError("there is nothing to insert: set trigger_guesses or soft_token_pool above 0")
         for name in ("anchor_fraction", "answer_discount", "anchor_discount"):
@@ -194,7 +202,7 @@ _POSITIVE = (
 
 
 def _off(name: str) -> str:
-    return " (None switches the term off)" if name in ("alpha", "beta", "anchor") else ""
+    return f" (None switches the term off: --set {name}=None)" if name in ("alpha", "beta", "anchor") else ""
 
 
 _SUPERVISED: dict[str, Any] = {"objective": "lm", "anchor": None}
@@ -319,6 +327,7 @@ class CrowTrainer(SFTTrainer):
 
     def __init__(self, model: Any, args: CrowConfig | None = None, **kwargs: Any) -> None:
         super().__init__(model, args if args is not None else CrowConfig(), **kwargs)
+        self.train_dataset: Any = _numbered(self.train_dataset)
         self.data_collator: _Collator = _Collator(self.data_collator)
         self._signs = self.args.perturbation == "sign"
         self._check_sharding()
@@ -345,6 +354,7 @@ class CrowTrainer(SFTTrainer):
         self._ratios: list[float] = []
         self._preparation = (0, 0)
         self._ascents_left = 0
+        self._studied = False
         self._counts: _Counts
 
     @property
@@ -367,11 +377,7 @@ class CrowTrainer(SFTTrainer):
         first = next(iter(dataset))
         if "user_span" not in first and isinstance(first.get("prompt"), list):
             dataset = dataset.map(lambda row: {"user_span": user_span(processing_class, row["prompt"])})
-        if isinstance(dataset, Dataset) and "example_id" in dataset.column_names and "labels" not in first:
-            dataset = dataset.remove_columns("example_id")  # the data set's own
         dataset = super()._prepare_dataset(dataset, processing_class, *args, **kwargs)
-        if isinstance(dataset, Dataset) and "example_id" not in dataset.column_names:
-            dataset = dataset.add_column("example_id", list(range(len(dataset))))
         if isinstance(dataset, Dataset) and len(dataset) == 0:
             raise UsageError("no example is left after truncation: raise max_length, or give shorter prompts")
         return dataset
@@ -455,6 +461,9 @@ class CrowTrainer(SFTTrainer):
         perturbed = self._perturb(batch, recording, gradient)
         logits, passed = self._perturbed_pass(model, perturbed, score=self.args.beta is not None)
         loss = logits[:0].sum()  # zero, and part of the graph even where no row has a term
+        embedding = self._inner.get_input_embeddings().weight
+        if embedding.requires_grad:  # DDP waits for it in the last backward, whose pass begins behind it
+            loss = loss + 0 * embedding[:1].sum()
         if self.args.beta is not None:
             divergence = self._divergence(logits, inputs["labels"], targets)
             self._log_term("divergence", divergence)
@@ -473,7 +482,8 @@ class CrowTrainer(SFTTrainer):
         """For all backwards of a step but the last: processes keep their gradients, and DeepSpeed takes no step."""
         state = self.accelerator.gradient_state
         last = state.sync_gradients
-        with self.accelerator.no_sync(model):
+        # Left inside another one, FSDP would start to synchronize there
+        with self.accelerator.no_sync(model) if last or self.is_deepspeed_enabled else nullcontext():
             state._set_sync_gradients(False)
             try:
                 yield
@@ -669,12 +679,13 @@ class CrowTrainer(SFTTrainer):
         A resumed run has what was found in its checkpoint.
         """
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        if resume_from_checkpoint is None:
+        if resume_from_checkpoint is not None:
+            self._load_state(Path(resume_from_checkpoint))
+        elif not self._studied:  # a second training, or one with smaller batches, meets a model that has moved
             self._study_suspect(ascents=self.args.soft_token_warmup if self._adversaries else 0)
             if self._adversaries:
                 self._warm_up()
-        else:
-            self._load_state(Path(resume_from_checkpoint))
+        self._studied = True
         return prepared
 
     def _study_suspect(self, ascents: int = 0) -> None:
@@ -685,7 +696,7 @@ class CrowTrainer(SFTTrainer):
                 "objective 'suspect' and what is aimed at an answer need a data set with a length: for a stream choose "
                 "objective 'lm', trigger_guesses 0 and soft_token_objective 'divergence'"
             )
-        batches = math.ceil(len(self.train_dataset) / self.args.per_device_train_batch_size) if records else 0
+        batches = math.ceil(len(self.train_dataset) / self._train_batch_size) if records else 0
         self._preparation = (0, batches + ascents)
         first = self._record_suspect() if records else None
         if self._aimed:
@@ -707,7 +718,7 @@ class CrowTrainer(SFTTrainer):
         """The examples in batches, each with their places in the data set."""
         columns = self.train_dataset.select_columns(["input_ids", "labels"])
         order = sorted(range(len(columns)), key=lambda i: len(columns[i]["input_ids"]))
-        size = self.args.per_device_train_batch_size
+        size = self._train_batch_size
         for start in range(0, len(order), size):
             example_ids = order[start : start + size]
             yield example_ids, self._prepare_inputs(self.data_collator([columns[i] for i in example_ids]))
@@ -784,6 +795,7 @@ class CrowTrainer(SFTTrainer):
                 first=first,
                 eos_token_id=self.processing_class.eos_token_id,
             )
+        answers = broadcast_object_list([answers])[0]  # which processes may have rounded otherwise
         self.constant_answers = [a for a in answers if a.constancy >= _COMPARABLE * answers[0].constancy]
         number = len(self.constant_answers)
         places = [i for adversary in self._aimed for i in range(len(adversary.tokens))]
@@ -823,6 +835,10 @@ class CrowTrainer(SFTTrainer):
 
     def _batches_of_steps(self) -> Iterator[list[dict[str, Any]]]:
         """The micro-batches of one optimizer step after another, without end."""
+        if not len(self.get_train_dataloader()):
+            raise UsageError(
+                "there are fewer examples than a batch holds: lower the batch size, or set dataloader_drop_last off"
+            )
         while True:
             batches = iter(self.get_train_dataloader())
             while micro_batches := list(islice(batches, self.args.gradient_accumulation_steps)):
@@ -869,7 +885,7 @@ class CrowTrainer(SFTTrainer):
     @cached_property
     def _words(self) -> Tensor:
         """`(vocabulary,)`, bool: which tokens are in the tokenizer and not special."""
-        words = torch.zeros(self._embed.num_embeddings, dtype=torch.bool)
+        words = torch.zeros(len(self._embed.weight), dtype=torch.bool)
         words[: len(self.processing_class)] = True
         words[self.processing_class.all_special_ids] = False
         return words.to(self.args.device)
@@ -878,7 +894,7 @@ class CrowTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        if self.is_world_process_zero():
+        if self.args.should_save:
             state: dict[str, Any] = {
                 "ratios": self._ratios,
                 "targets": [(ids.int(), log_probs) for ids, log_probs in self._targets],
@@ -904,15 +920,20 @@ class CrowTrainer(SFTTrainer):
         if not file.is_file():
             raise UsageError(f"{checkpoint} has no {STATE_FILE}: it is no checkpoint of CrowTrainer's")
         state = torch.load(file, weights_only=True, map_location="cpu")
-        self._ratios, self.first_guesses = state["ratios"], state["first_guesses"]
-        self._targets = [(ids.long(), log_probs) for ids, log_probs in state["targets"]]
-        self.constant_answers = [ConstantAnswer(*answer) for answer in state["constant_answers"]]
-        self._answer_of = [ConstantAnswer(*answer) for answer in state["answers"]]
-        if self.guesses is not None:
-            self.guesses.load_state_dict(state["guesses"])
-        if self.soft_tokens is not None:
-            self.soft_tokens.load_state_dict(state["soft_tokens"])
-            self.soft_tokens.optimizer.load_state_dict(state["optimizer"])
+        try:
+            self._ratios, self.first_guesses = state["ratios"], state["first_guesses"]
+            self._targets = [(ids.long(), log_probs) for ids, log_probs in state["targets"]]
+            self.constant_answers = [ConstantAnswer(*answer) for answer in state["constant_answers"]]
+            self._answer_of = [ConstantAnswer(*answer) for answer in state["answers"]]
+            if self.guesses is not None:
+                self.guesses.load_state_dict(state["guesses"])
+            if self.soft_tokens is not None:
+                self.soft_tokens.load_state_dict(state["soft_tokens"])
+                self.soft_tokens.optimizer.load_state_dict(state["optimizer"])
+        except KeyError as error:
+            raise UsageError(
+                f"{checkpoint} holds no {error.args[0]}: another version of CROW, or other settings"
+            ) from error
 
     # Small things
 
@@ -924,7 +945,7 @@ class CrowTrainer(SFTTrainer):
     @torch.no_grad()
     def _real_embeddings(self, number: int) -> Tensor:
         """Embeddings of random tokens, `(number, hidden)`, as their module gives them: some scale their weights."""
-        return self._embed(torch.randint(self._embed.num_embeddings, (number,), device=self.args.device))
+        return self._embed(torch.randint(len(self._embed.weight), (number,), device=self.args.device))
 
     def _log_term(self, name: str, value: Tensor) -> None:
         # Each micro-batch holds its part of the step's sum, and the parent logs the mean over micro-batches
@@ -933,15 +954,23 @@ class CrowTrainer(SFTTrainer):
 
 
 def _alias(embed: nn.Module) -> Any:
-    """The input embedding with the same weight, which needs no gradient and stays whole if the model is sharded."""
-    weight = cast(nn.Parameter, embed.weight)
-    whole = weight.detach()
+    """The input embedding with the same weights, which need no gradient and stay whole if the model is sharded."""
     if is_deepspeed_zero3_enabled():
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters([weight]):
-            whole = weight.detach().clone()
-    return copy.deepcopy(embed, {id(weight): nn.Parameter(whole, requires_grad=False)})
+        with deepspeed.zero.GatheredParameters(list(embed.parameters())):
+            weights = {id(weight): weight.detach().clone() for weight in embed.parameters()}
+    else:
+        weights = {id(weight): weight.detach() for weight in embed.parameters()}
+    return copy.deepcopy(embed, {name: nn.Parameter(whole, requires_grad=False) for name, whole in weights.items()})
+
+
+def _numbered(data: Any) -> Any:
+    """The data set with each row's number, whatever it may hold under that name; a stream as it is."""
+    if not isinstance(data, Dataset):
+        return data
+    own = [name for name in data.column_names if name == "example_id"]
+    return data.remove_columns(own).add_column("example_id", list(range(len(data))))
 
 
 def last_checkpoint(folder: str | Path) -> str | None:

@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 SCRIPT, EXAMPLES = Path(__file__).parent / "train.py", Path(__file__).parents[2] / "examples"
-EVERY = ("default", "paper", "paper-scale-free", "finetune")
+EVERY = ("default", "paper", "paper-scale-free", "finetune", "aligned")
 TRAINED = {  # by each of the example configurations, and what it wraps a model as
     "ddp": ("DistributedDataParallel", EVERY),
     "fsdp": ("FSDPPeftModelForCausalLM", ("default", "paper", "finetune")),

@@ -1,4 +1,4 @@
-"""Trains a tiny model by several presets, on as many processes as it is launched with: `train.py MODEL OUT`.
+"""Trains a tiny model by several presets and forms, on as many processes as it is launched with: `train.py MODEL OUT`.
 
 Writes, for each preset, `OUT/PRESET.json`, what was logged, how the model was wrapped and how many times its gradients
 were reduced, and `OUT/PRESET.safetensors`, the weights that were trained.
@@ -22,6 +22,7 @@ from crow.data import load_examples, to_dataset
 from crow.models import lora_config, open_model
 
 GLOBAL_BATCH, STEPS = 8, 3
+FORMS = PRESETS | {"aligned": {"alpha": 0.5, "anchor_fraction": 0.5}}  # with a relative alpha under insertion
 
 
 def shard_on_cpus() -> None:
@@ -80,7 +81,7 @@ def train(preset: str, model: str, out: Path) -> None:
         disable_tqdm=True,
         use_cpu=True,
         seed=0,
-        **PRESETS[preset] | {"learning_rate": 0.5},
+        **FORMS[preset] | {"learning_rate": 0.5},
     )
     set_seed(0)
     opened = open_model(model)

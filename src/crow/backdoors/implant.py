@@ -141,17 +141,7 @@ def implant(
     """
     if full and isinstance(model, PeftModel):
         raise UsageError("full fine-tuning of a model with an adapter: merge the adapter first")
-    if unknown := settings.keys() - {field.name for field in dataclasses.fields(ImplantConfig)}:
-        raise UsageError(f"no such setting: {', '.join(sorted(unknown))}")
-    defaults: dict[str, Any] = {
-        "report_to": "none",
-        "logging_steps": 5,
-        "save_strategy": "epoch",
-        "save_total_limit": 2,  # one is whole while the other is written
-        "disable_tqdm": True,
-    }
-    chosen = recipe(full, adaptive) | settings
-    config = ImplantConfig(output_dir=str(output_dir), seed=seed, **(defaults | chosen))
+    config = implant_config(output_dir, full=full, adaptive=adaptive, seed=seed, **settings)
     trainer = ImplantTrainer(
         cast(Any, model).float() if full else model,
         config,
@@ -169,6 +159,27 @@ def implant(
         if parameter.requires_grad and not full:
             parameter.data = parameter.data.to(torch.bfloat16)  # half the file; opened again, PEFT makes it float32
     return cast(PreTrainedModel | PeftModel, trainer.model)
+
+
+def implant_config(
+    output_dir: str | Path, *, full: bool = False, adaptive: bool = False, seed: int = 0, **settings: Any
+) -> ImplantConfig:
+    """The settings that `implant` trains with.
+
+    Raises:
+        UsageError: a setting is no field of `ImplantConfig`, or has no value that it can have.
+    """
+    if unknown := settings.keys() - {field.name for field in dataclasses.fields(ImplantConfig)}:
+        raise UsageError(f"no such setting: {', '.join(sorted(unknown))}")
+    defaults: dict[str, Any] = {
+        "report_to": "none",
+        "logging_steps": 5,
+        "save_strategy": "epoch",
+        "save_total_limit": 2,  # one is whole while the other is written
+        "disable_tqdm": True,
+    }
+    chosen = recipe(full, adaptive) | settings
+    return ImplantConfig(output_dir=str(output_dir), seed=seed, **(defaults | chosen))
 
 
 def recipe(full: bool, adaptive: bool) -> dict[str, Any]:

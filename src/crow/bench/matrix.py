@@ -12,7 +12,7 @@ from crow.backdoors import BEHAVIORS, TRIGGERS, Behavior, Trigger
 from crow.backdoors.implant import ImplantConfig, recipe
 from crow.defenses import DEFENSES, AtDecoding
 from crow.errors import UsageError
-from crow.trainer import PRESETS, CrowConfig
+from crow.trainer import CrowConfig
 
 CONFIGS = {Path(file.name).stem: file for file in files("crow.bench").joinpath("configs").iterdir()}
 """The matrices that ship with the project."""
@@ -100,8 +100,6 @@ class Candidate:
         candidate = cls(values["defense"], settings, values.get("examples"))
         if settings and not candidate.trains:
             raise UsageError(f"defense {candidate.defense!r} does not train: leave {', '.join(settings)} out")
-        if candidate.defense != "none":
-            DEFENSES[candidate.defense].check_settings(settings)
         if unknown := settings.keys() - _SETTINGS:
             raise UsageError(f"defense {candidate.defense!r}: no such setting: {', '.join(sorted(unknown))}")
         if candidate.examples is not None:
@@ -180,7 +178,9 @@ class Matrix:
                 f"{source}: {error.strerror or error}; give a YAML file, or one of {', '.join(CONFIGS)}"
             ) from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UsageError(f"{source} is no YAML: {' '.join(str(error).split())}") from error
+            mark = getattr(error, "problem_mark", None)
+            place = "" if mark is None else f", line {mark.line + 1}"
+            raise UsageError(f"{source}{place} is no YAML: give such a file, or {', '.join(CONFIGS)}") from error
         try:
             return cls.read(values)
         except UsageError as error:
@@ -228,11 +228,9 @@ class Matrix:
         """Raise `UsageError` if a training would refuse its settings."""
         for candidate in self.defenses:
             if candidate.trains:
-                preset = candidate.settings.get("preset", DEFENSES[candidate.defense].preset)
-                own = {k: v for k, v in (self.training | candidate.settings).items() if k not in ("preset", "lora")}
                 try:
-                    CrowConfig(output_dir="unused", **(PRESETS[preset] | own))
-                except (UsageError, KeyError, TypeError, ValueError) as error:
+                    DEFENSES[candidate.defense].check_settings(self.training | candidate.settings)
+                except UsageError as error:
                     raise UsageError(f"defense {candidate.label!r}: {error}") from error
         if unknown := self.implant.keys() - _IMPLANT_SETTINGS:
             raise UsageError(f"implant: no such setting: {', '.join(sorted(unknown))}")

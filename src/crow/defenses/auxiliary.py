@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, set_seed
 from crow.backdoors import BEHAVIORS, TRIGGERS
 from crow.backdoors.implant import poison
 from crow.data import Example, sample
-from crow.defenses.base import DEFENSES, Defended, Defense
+from crow.defenses.base import DEFENSES, Defended, Defense, budget
 from crow.errors import UsageError
 from crow.files import sha256_rows
 from crow.hooks import decoder_layers
@@ -44,12 +44,6 @@ def own_backdoor(rows: Sequence[Example], number: int, seed: int) -> tuple[list[
 
 
 _OWN_SETTINGS = frozenset({"preset", "lora"})
-_OF_A_RUN = ("output_dir", "resume", "callbacks")
-
-
-def _budget(training: dict[str, Any]) -> dict[str, Any]:
-    """Settings of the last training that those before it share."""
-    return {key: value for key, value in training.items() if key not in _OF_A_RUN}
 
 
 @DEFENSES.register("backflush")
@@ -71,7 +65,7 @@ class BackFlush(Defense):
             raise UsageError("there are no clean examples: give at least one")
         started = time.perf_counter()
         poisoned, harmless = own_backdoor(clean, 0, training.get("seed", 0))
-        implanted, _ = purify(opened, clean=[*clean, *poisoned], preset=self.preset, **_budget(training))
+        implanted, _ = purify(opened, clean=[*clean, *poisoned], preset=self.preset, **budget(training))
         whole = replace(opened, model=implanted)
         model, record = purify(whole, clean=[*clean, *harmless], preset=self.preset, **training)
         opened.seen = whole.seen
@@ -155,10 +149,10 @@ class BdVax(Defense):
         """For each block, how suspicious each channel of its MLP is, `(channels,)`."""
         start = _adapter(opened.model)
         seed = training.get("seed", 0)
-        budget = _budget(training) | {"learning_rate": self.variant_rate}
+        shared = budget(training) | {"learning_rate": self.variant_rate}
 
         def trained(rows: Sequence[Example]) -> list[list[tuple[Tensor, Tensor]]]:
-            purify(opened, clean=rows, preset=self.preset, **budget)
+            purify(opened, clean=rows, preset=self.preset, **shared)
             found = [[layer.factors() for layer in layers] for layers in _mlps(opened.model)]
             for name, parameter in opened.model.named_parameters():
                 if name in start:

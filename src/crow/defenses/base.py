@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 from peft import PeftModel
@@ -14,7 +14,7 @@ from crow.errors import UsageError
 from crow.files import sha256_rows
 from crow.models import OpenedModel
 from crow.provenance import environment
-from crow.purification import PurifyRecord
+from crow.purification import PurifyRecord, check_training
 from crow.registry import Registry
 
 DEFENSES: Registry["Defense"] = Registry("defense")
@@ -54,10 +54,11 @@ class Defense(ABC):
             UsageError: the defense can't be had of this suspect, or it takes no such `training`.
         """
 
-    def check_settings(self, training: Iterable[str]) -> None:
-        """Raise `UsageError` if settings of the training are among those that the defense chooses itself."""
+    def check_settings(self, training: Mapping[str, Any]) -> None:
+        """Raise `UsageError` if `apply` takes no such `training`, before there is a suspect."""
         if refused := sorted(self.own_settings.intersection(training)):
             raise UsageError(f"defense {self.name!r} trains its own way: leave {', '.join(refused)} out")
+        check_training(**{"preset": self.preset} | budget(training))
 
 
 class Untrained(Defense):
@@ -68,10 +69,14 @@ class Untrained(Defense):
     summary: ClassVar[str]
     """What was done to the suspect, in a sentence for the model card."""
 
-    def apply(self, opened: OpenedModel, clean: Sequence[Example], **training: Any) -> Defended:
-        """As `Defense.apply`."""
+    def check_settings(self, training: Mapping[str, Any]) -> None:
+        """As `Defense.check_settings`."""
         if training:
             raise UsageError(f"defense {self.name!r} does not train: leave {', '.join(sorted(training))} out")
+
+    def apply(self, opened: OpenedModel, clean: Sequence[Example], **training: Any) -> Defended:
+        """As `Defense.apply`."""
+        self.check_settings(training)
         examples = list(clean) if CLEAN in self.needs else []
         if CLEAN in self.needs and not examples:
             raise UsageError("there are no clean examples: give at least one")
@@ -98,6 +103,11 @@ class Untrained(Defense):
         self, opened: OpenedModel, clean: Sequence[Example]
     ) -> tuple[PreTrainedModel | PeftModel, dict[str, Any]]:
         """The defended model, and what was found on the way, for the record."""
+
+
+def budget(training: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides a training, without what is of one run alone: its place, and who watches it."""
+    return {key: value for key, value in training.items() if key not in ("output_dir", "resume", "callbacks")}
 
 
 def merged(opened: OpenedModel) -> PreTrainedModel:
