@@ -261,7 +261,11 @@ def test_broken_data_is_named_with_its_line(
         (["--epsilon", "nan"], "epsilon is nan; it must be positive"),
         (["--preset", "magic"], "unknown preset 'magic'; known are default, paper"),
         (["--lora", "both"], "lora is 'both'; choose continue or fresh"),
-        (["--set", "no_such_thing=1"], "no such setting"),
+        (["--set", "no_such_thing=1"], "no such setting: no_such_thing"),
+        (["--set", "epsilon=abc"], "epsilon is 'abc', which is no number"),
+        (["--set", "max_steps=0"], "max_steps is 0; it must be positive, or -1"),
+        (["--set", "push_to_hub=True"], "--set push_to_hub: crow chooses it"),
+        (["--set", "eval_strategy=sometimes"], "a setting has no value that it can have"),
         (["--set", "perturbation"], "--set perturbation: expected NAME=VALUE"),
         (["--set", "perturbation=magic"], "perturbation is 'magic'; choose one of"),
         (["--set", "max_length=5"], "no example is left after truncation"),
@@ -281,6 +285,30 @@ def test_a_setting_that_has_its_own_option_is_taken_or_refused(
     result = run("purify", llama_folder, "--clean", clean, *QUICK, "--set", pair)
     if result.exit_code:
         fails(result, 2, pair.partition("=")[0])
+
+
+@pytest.mark.parametrize("command", ["purify", "implant"])
+def test_bad_settings_are_named_before_the_model_is_opened(run: Run, command: str) -> None:
+    fails(run(command, "no-such-model", "--set", "max_steps=0"), 2, "max_steps is 0")
+
+
+def test_a_term_can_be_switched_off(run: Run, llama_folder: Path, clean: Path) -> None:
+    result = run(
+        "purify", llama_folder, "--clean", clean, *QUICK, "--set", "anchor=None", "--set", "max_steps=1", "--json", "-"
+    )
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["settings"]["anchor"] is None
+
+
+@pytest.mark.parametrize(
+    "options", [("purify", "--out"), ("purify", "--json"), ("implant", "--save-data"), ("evaluate", "--json")]
+)
+def test_a_place_that_cannot_be_written_is_named_before_the_work(
+    run: Run, tmp_path: Path, options: tuple[str, str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    command, option = options
+    fails(run(command, "no-such-model", option, "file/below"), 1, "file/below: Not a directory")
 
 
 def test_numbers_out_of_range_are_usage_errors(run: Run, llama_folder: Path) -> None:
@@ -325,7 +353,8 @@ def test_a_suspect_is_purified_measured_and_described(
 ) -> None:
     result = run("purify", llama_folder, "--clean", clean, *QUICK, "--json", "run.json", "--out", "cured")
     assert result.exit_code == 0, result.output
-    assert "Next: crow evaluate cured" in result.output
+    assert "Next: crow evaluate cured --triggered FILE" in result.output
+    assert all(p.stat().st_mode & 0o777 == 0o644 for p in (tmp_path / "cured").iterdir())
     assert {p.name for p in tmp_path.iterdir()} == {"cured", "run.json"}
     record = json.loads((tmp_path / "run.json").read_text())
     assert (record["clean_examples"], record["steps"], record["preset"]) == (8, 2, "default")

@@ -188,13 +188,13 @@ def test_a_broken_json_file_is_named_with_the_line(write: Write, text: str, line
         ({}, "fields none; expected instruction/output"),
         ({"question": "a", "answer": "b"}, "fields question, answer; expected instruction/output"),
         ({"instruction": "a"}, "'output' is missing"),
-        ({"instruction": "a", "output": None}, "'output' is missing"),
-        ({"instruction": None, "output": "b"}, "'instruction' is missing"),
+        ({"instruction": "a", "output": None}, "'output' is null"),
+        ({"instruction": None, "output": "b"}, "'instruction' is null"),
         ({"instruction": "a", "output": ["b"]}, "'output' is a list"),
         ({"instruction": "a", "output": True}, "'output' is a bool"),
         ({"instruction": "a", "input": {}, "output": "b"}, "'input' is a dict"),
         ({"prompt": "a"}, "is missing"),
-        ({"prompt": "a", "completion": None}, "'completion' is missing"),
+        ({"prompt": "a", "completion": None}, "'completion' is null"),
         ({"prompt": {"x": 1}, "completion": "b"}, "'prompt' is a dict"),
         ({"prompt": [], "completion": "b"}, "no user message"),
         ({"prompt": "a", "completion": []}, "does not end with the assistant's answer"),
@@ -350,7 +350,7 @@ def test_csv_integers_beside_an_empty_cell_stay_integers(write: Write) -> None:
 @pytest.mark.parametrize(
     ("content", "fault"),
     [
-        ("instruction,output\ncafé,x\n".encode("latin-1"), "utf-8"),
+        ("instruction,output\ncafé,x\n".encode("latin-1"), r"not UTF-8 text \(byte 22\): save it as UTF-8"),
         (b'instruction,output\n"a,b\n', "unexpected end of data"),
         (b'instruction,output\n"a"b,c\n', "expected after"),
     ],
@@ -571,6 +571,14 @@ COUNTS = {
     "test_triggered.json": 200,
     "codeinjection/test_triggered.json": 164,
 }
+
+
+def test_prompts_alone_will_do_where_no_answer_is_needed(write: Write) -> None:
+    asked = [{"instruction": "a"}, {"prompt": "b"}, {"messages": [{"role": "user", "content": "c"}]}]
+    path = write("prompts.jsonl", asked)
+    assert [user_text(row) for row in load_examples(path, answered=False)] == ["a", "b", "c"]
+    with pytest.raises(UsageError, match="'output' is missing"):
+        load_examples(path)
 
 
 @pytest.mark.skipif(not OFFICIAL.is_dir(), reason=f"{OFFICIAL} is not here")

@@ -6,11 +6,13 @@ import math
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import MakeModel, save_folder, scatter_lora, tiny_model
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from peft import IA3Config, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -147,9 +149,31 @@ def test_a_path_to_nothing_is_refused(name: str) -> None:
     refused(name, f"{name}: no such folder or file")
 
 
-@pytest.mark.parametrize("name", ["nobody/nothing", "nothing-at-all", "", "not a name"])
-def test_an_unknown_hub_model_is_refused(name: str) -> None:
-    refused(name, f"cannot open {name}: |holds no config.json")
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("nobody/nothing", "no such folder, and the hub can't be asked for it"),
+        ("nothing-at-all", "no such folder, and the hub can't be asked for it"),
+        ("not a name", "no such folder, and no name that a model on the hub can have"),
+        ("", "holds no config.json"),
+    ],
+)
+def test_an_unknown_hub_model_is_refused(name: str, complaint: str) -> None:
+    refused(name, f"^{name or '.'}:? {complaint}")
+
+
+@pytest.mark.parametrize(
+    ("error", "complaint"),
+    [(RepositoryNotFoundError, "the hub has no such model for you"), (GatedRepoError, "accept its license there")],
+)
+def test_what_the_hub_does_not_give_is_refused(
+    monkeypatch: pytest.MonkeyPatch, error: type[HfHubHTTPError], complaint: str
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise error("no", response=SimpleNamespace(headers={}, request=None))  # type: ignore[arg-type]
+
+    monkeypatch.setattr("crow.models.HfApi.model_info", refuse)
+    refused("org/model", complaint)
 
 
 def test_an_unknown_shipped_model_is_refused() -> None:

@@ -101,6 +101,28 @@ def test_examples_are_drawn_by_the_seed(llama_folder: Path, rows: list[Example])
     assert records[0].clean_sha256 == records[1].clean_sha256 != records[2].clean_sha256
 
 
+def test_a_hundred_of_what_is_loaded_are_used_and_all_that_is_passed(llama_folder: Path, rows: list[Example]) -> None:
+    once: dict[str, Any] = {"preset": "finetune", "max_steps": 1}
+    assert purify(llama_folder, **once)[1].clean_examples == 100
+    assert purify(llama_folder, clean=rows * 10, **once)[1].clean_examples == 120
+
+
+def test_examples_without_an_answer_and_few_examples_are_told_of(
+    llama_folder: Path, rows: list[Example], caplog: pytest.LogCaptureFixture
+) -> None:
+    unanswered: Example = {"prompt": rows[0]["prompt"], "completion": [{"role": "assistant", "content": ""}]}
+    _, record = purify(llama_folder, clean=[unanswered, *rows], **QUICK)
+    assert record.clean_examples == 12
+    assert [r.getMessage() for r in caplog.records if r.name.startswith("crow")] == [
+        "1 of 13 examples have an empty answer and are left out",
+        "12 clean examples are few to keep the model by: results are of 100",
+    ]
+
+
+def test_what_is_saved_answers_with_a_cache(done: tuple[PeftModel, PurifyRecord]) -> None:
+    assert done[0].config.use_cache
+
+
 def test_the_same_seed_gives_the_same_model(
     done: tuple[PeftModel, PurifyRecord], llama_folder: Path, rows: list[Example]
 ) -> None:
@@ -167,7 +189,7 @@ def test_an_open_adapter_that_is_frozen_is_trained(
         ({"clean": []}, "no clean examples: give at least one"),
         ({"num_train_epochs": 0}, "num_train_epochs is 0; it must be positive"),
         ({"num_train_epochs": -1}, "num_train_epochs is -1; it must be positive"),
-        ({"alpha": "much"}, "alpha is much; it must be positive"),
+        ({"alpha": "much"}, "alpha is 'much', which is no number"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(

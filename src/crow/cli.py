@@ -100,7 +100,7 @@ def purify(
     with _running(debug):
         from peft import PeftModel
 
-        from crow.data import load_examples, sample
+        from crow.data import load_examples, sample, to_learn_from
         from crow.defenses import DEFENSES, AtDecoding
         from crow.models import open_model, save_model
         from crow.progress import TrainingProgress, progress_bar
@@ -126,7 +126,7 @@ def purify(
             epsilon=epsilon,
         )
         defending.check_settings(training)
-        rows = sample(load_examples(clean, split=split), examples, seed)
+        rows = sample(to_learn_from(load_examples(clean, split=split)), examples, seed)
         with console.status("Opening the model"):
             opened = open_model(model, base=base)
         if lora == "fresh" and opened.kind == "adapter" and not merge:

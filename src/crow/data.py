@@ -73,8 +73,7 @@ def load_examples(source: str | Path | None = None, *, split: str = "train", ans
         source: A JSON, JSONL, CSV or Parquet file, the name of a hub dataset, or one of the project's own sets
             (`SHIPPED`). `None` is `clean`.
         split: The split of a hub dataset.
-        answered: Rows must have an answer, and those whose answer is empty are left out, with a warning. Otherwise
-            only prompts are wanted, and an answer may be missing.
+        answered: Rows must have an answer, which may be empty. Otherwise only prompts are wanted.
 
     Rows may be Alpaca's (`instruction`, `input`, `output`), prompt-completion (`prompt` and `completion` or
     `response`, as text or as messages) or chat (`messages`, the last one the assistant's).
@@ -83,15 +82,20 @@ def load_examples(source: str | Path | None = None, *, split: str = "train", ans
         UsageError: there is no such data, it holds no rows, or a row is broken (which one, and how).
     """
     name = str(source) if source is not None else "clean"
-    every = [
+    rows = [
         _to_example(row, f"{name}, row {number}", answered) for number, row in enumerate(_read(name, split), start=1)
     ]
-    rows = [row for row in every if answer_text(row)] if answered else every
     if not rows:
         raise UsageError(f"{name} holds no examples: give at least one instruction with its answer")
-    if len(rows) < len(every):
-        logger.warning("%s: %d rows with an empty answer are left out", name, len(every) - len(rows))
     return rows
+
+
+def to_learn_from(rows: Sequence[Example]) -> list[Example]:
+    """Those whose answer is not empty, as it is in some rows of public data sets; says how many are left out."""
+    kept = [row for row in rows if answer_text(row)]
+    if len(kept) < len(rows):
+        logger.warning("%d of %d examples have an empty answer and are left out", len(rows) - len(kept), len(rows))
+    return kept
 
 
 def to_dataset(rows: Sequence[Example]) -> Dataset:

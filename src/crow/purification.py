@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
-from crow.data import Example, load_examples, prompt_fingerprints, sample, to_dataset
+from crow.data import Example, load_examples, prompt_fingerprints, sample, to_dataset, to_learn_from
 from crow.errors import UsageError
 from crow.files import sha256_rows
 from crow.models import OpenedModel, lora_config, open_model
@@ -104,6 +104,7 @@ def purify(
     else:
         rows = list(clean)
     seed = settings.setdefault("seed", 0)
+    rows = to_learn_from(rows)
     if not rows:
         raise UsageError("there are no clean examples: give at least one")
     rows = sample(rows, max_examples, seed)

@@ -1,6 +1,6 @@
 """Set the least important weights to zero, by their magnitude or by Wanda; with or without fine-tuning after it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from crow.data import Example
-from crow.defenses.base import DEFENSES, Defended, Untrained, merged
+from crow.defenses.base import DEFENSES, Defended, Defense, Untrained, merged
 from crow.errors import UsageError
 from crow.models import OpenedModel, linear_layers
 from crow.purification import purify
@@ -65,6 +65,10 @@ class FinePrune(Prune):
 
     trains: ClassVar[bool] = True
     summary: ClassVar[str] = "The least important weights were set to zero, and it was fine-tuned on clean examples."
+
+    def check_settings(self, training: Mapping[str, Any]) -> None:
+        """As `Defense.check_settings`."""
+        Defense.check_settings(self, training)
 
     def apply(self, opened: OpenedModel, clean: Sequence[Example], **training: Any) -> Defended:
         """As `Defense.apply`."""
