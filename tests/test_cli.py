@@ -248,7 +248,8 @@ def test_broken_data_is_named_with_its_line(
     fails(run(command, llama_folder, option, "broken.jsonl"), 2, "broken.jsonl, line 2 is broken JSON")
     (tmp_path / "wrong.jsonl").write_text(good + good + '{"prompt": "a"}\n')
     fails(run(command, llama_folder, option, "wrong.jsonl"), 2, "wrong.jsonl, row 3: the field 'completion' is missing")
-    fails(run(command, llama_folder, option, "missing.jsonl"), 2, "missing.jsonl")
+    fails(run(command, llama_folder, option, "missing.jsonl"), 2, "cannot read missing.jsonl: No such file")
+    fails(run(command, llama_folder, option, "missing.json"), 2, "error: cannot read missing.json: No such file")
     assert {p.name for p in tmp_path.iterdir()} == {"broken.jsonl", "wrong.jsonl"}
 
 

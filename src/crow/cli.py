@@ -17,6 +17,7 @@ from typing import Annotated, Any, cast
 import typer
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
 from crow.backdoors import BEHAVIORS, TRIGGERS, check_seen
 from crow.errors import CrowError, UsageError
@@ -604,8 +605,11 @@ def info(model: Model = None, base: Base = None, json_: Json = None, debug: Debu
             _emit(json_, facts)
         else:
             table = Table(show_header=False)
-            for name, value in (facts | {f"SHA-256 of {n}": h for n, h in facts.pop("hashes").items()}).items():
+            hashes = facts.pop("hashes")
+            for name, value in facts.items():
                 table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+            for name, value in hashes.items():
+                table.add_row(f"SHA-256 of {name}", Text(value, overflow="fold"))
             Console().print(table)
 
 
@@ -627,7 +631,7 @@ def _running(debug: bool) -> Iterator[None]:
         os.environ.setdefault("TQDM_DISABLE", "1")  # of the conversion of a GGUF file
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         warnings.simplefilter("ignore")
-        logging.basicConfig(level=logging.ERROR)
+        logging.basicConfig(level=logging.ERROR, format="%(levelname)s: %(message)s")
         logging.getLogger("crow").setLevel(logging.WARNING)
     try:
         if not debug:

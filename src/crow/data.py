@@ -178,8 +178,9 @@ def _json_lines(text: str, name: str) -> Iterator[Any]:
 
 
 def _read_json(path: Path) -> list[Any]:
+    text = _file_text(path)
     try:
-        value = json.loads(_file_text(path))
+        value = json.loads(text)
     except json.JSONDecodeError as error:
         raise UsageError(f"{path}, line {error.lineno} is broken JSON: {error.msg} (column {error.colno})") from error
     except (ValueError, RecursionError) as error:
