@@ -43,9 +43,6 @@ from crow.trainer import CrowTrainer, last_checkpoint
 SAME = 1e-6
 """How far apart weights, losses and figures may be that count as the same."""
 
-LEDGER = "ledger.jsonl"
-OUTPUT = "output.txt"
-
 PROCESSES = get_context("forkserver")  # which has imported all before it forks: a start then takes no seconds
 PROCESSES.set_forkserver_preload(["__main__", "crow.purification", "crow.evaluation.evaluate", "crow.bench.run"])
 
@@ -85,7 +82,7 @@ def commands(folder: Path) -> list[Command]:
     return [
         Command(["purify", model, *TRAINING, *purify], again=["--resume"]),
         Command(["implant", model, *TRAINING, *implant], again=["--resume"]),
-        Command(["evaluate", model, "-n", "120", "--max-new-tokens", "24", "--json", "figures.json"]),
+        Command(["evaluate", model, "-n", "200", "--max-new-tokens", "32", "--json", "figures.json"]),
         Command(["bench", str(matrix), "--out", "out"]),
     ]
 
@@ -115,12 +112,12 @@ def make_model(folder: Path) -> None:
 # A start of a command
 
 
-def start(arguments: list[str], folder: Path, out_of_memory: bool) -> None:
+def start(arguments: list[str], folder: Path, output: Path, ledger: Path, out_of_memory: bool) -> None:
     """In a process of its own: the command, with a ledger of its steps and answers, and its output in a file."""
     os.chdir(folder)
     for stream in (sys.stdout, sys.stderr):
-        os.dup2(os.open(folder.parent / OUTPUT, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
-    keep_ledger(folder.parent / LEDGER)
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
+    keep_ledger(ledger)
     if out_of_memory:
         run_out_of_memory()
     sys.argv = ["crow", *arguments]
@@ -151,7 +148,7 @@ def keep_ledger(ledger: Path) -> None:
 
 
 def run_out_of_memory() -> None:
-    """Let memory run out in the fifth step of a training, and with a batch of several prompts, later with one."""
+    """Let memory run out in the fifth step of a training, and after three batches of prompts, however small then."""
     step, generate = CrowTrainer.training_step, GenerationMixin.generate
     batches: list[int] = []
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
@@ -163,7 +160,7 @@ def run_out_of_memory() -> None:
 
     def generating(self: Any, *args: Any, **kwargs: Any) -> Any:
         batches.append(len(kwargs["input_ids"]))
-        if batches[-1] > 4 or len(batches) > 40:
+        if len(batches) > 3:
             raise error
         return generate(self, *args, **kwargs)
 
@@ -184,9 +181,11 @@ class Place:
         """Start the command, or start it again, send it a signal after so many seconds, and give its exit code."""
         arguments = self.command.arguments + (self.command.again if self.starts else [])
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder.parent / OUTPUT).write_text("")
+        self._output.write_text("")
         self.starts += 1
-        process = PROCESSES.Process(target=start, args=(arguments, self.folder, out_of_memory))
+        process = PROCESSES.Process(
+            target=start, args=(arguments, self.folder, self._output, self._ledger, out_of_memory)
+        )
         process.start()
         process.join(after)
         if process.is_alive():
@@ -196,13 +195,21 @@ class Place:
         return process.exitcode if process.exitcode is not None else 999
 
     @property
+    def _output(self) -> Path:
+        return self.folder.with_suffix(".output")
+
+    @property
+    def _ledger(self) -> Path:
+        return self.folder.with_suffix(".ledger")
+
+    @property
     def output(self) -> str:
-        return (self.folder.parent / OUTPUT).read_text()
+        """What the newest start printed."""
+        return self._output.read_text()
 
     @property
     def ledger(self) -> list[dict[str, Any]]:
-        file = self.folder.parent / LEDGER
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        return [json.loads(line) for line in self._ledger.read_text().splitlines()] if self._ledger.exists() else []
 
     @property
     def done_again(self) -> int:
