@@ -133,7 +133,7 @@ def keep_ledger(ledger: Path) -> None:
             file.write(json.dumps(entry) + "\n")
 
     def stepped(self: CrowTrainer, *args: Any, **kwargs: Any) -> Any:
-        number, place = self.state.global_step + 1, str(self.args.output_dir)
+        number, place = self.state.global_step + 1, str(Path(str(self.args.output_dir)).resolve())
         newest = last_checkpoint(place)
         finished = newest is not None and int(newest.rpartition("-")[2]) >= number
         loss = step(self, *args, **kwargs)
@@ -259,7 +259,7 @@ class Place:
             else:
                 found[name] = None
         for entry in self.ledger:
-            if "step" in entry:
+            if "step" in entry and str(self.folder) in entry["place"]:  # not a step that bench takes its pace by
                 found[f"loss of step {entry['step']} of {Path(entry['place']).name}"] = entry["loss"]
         return found
 
@@ -425,13 +425,13 @@ def remount(folder: Path, options: str) -> None:
 
 
 def full_disk(run: Undisturbed, folder: Path) -> Report:
-    """Start it on a disk that grows by half each time, until it finishes."""
-    report, kibibytes = Report(run.command.name, "full disk"), 16
+    """Start it on a disk that is twice as large each time, until it finishes."""
+    report, kibibytes = Report(run.command.name, "full disk"), 24
     place = Place(run.command, folder / "disk")
     with small_disk(place.folder, f"{kibibytes}k"):
         while (code := place.start()) != 0 and kibibytes < 2**18:
             report.fail(place, run, code)
-            kibibytes += kibibytes // 2 // 4 * 4
+            kibibytes *= 2
             remount(place.folder, f"size={kibibytes}k")
         report.end(place, run, code)
     return report
@@ -488,7 +488,8 @@ def main() -> None:
                 else:
                     print(f"{command.name}, {disturb.__name__}: left out, since only root may mount", flush=True)
     if args.json is not None:
-        write_json(args.json, {"seed": args.seed, "reports": [vars(report) for report in reports]})
+        kills = sum(report.disturbed for report in reports if report.what == "SIGKILL")
+        write_json(args.json, {"seed": args.seed, "kills": kills, "reports": [vars(report) for report in reports]})
     raise SystemExit(any(report.problems for report in reports))
 
 

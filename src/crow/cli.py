@@ -524,6 +524,8 @@ def bench(
         failures: dict[str, str] = {}
         store, planned = Store(folder), entries(matrix)
         measures = [entry.measure for entry in planned]
+        if not plan:
+            _check_outputs(True, store.cells)
         cells = missing(measures, store)
         kinds = ", ".join(
             f"{sum(c.kind == kind for c in cells)} to {kind}" for kind in dict.fromkeys(c.kind for c in cells)
