@@ -82,7 +82,7 @@ def commands(folder: Path) -> list[Command]:
     return [
         Command(["purify", model, *TRAINING, *purify], again=["--resume"]),
         Command(["implant", model, *TRAINING, *implant], again=["--resume"]),
-        Command(["evaluate", model, "-n", "200", "--max-new-tokens", "32", "--json", "figures.json"]),
+        Command(["evaluate", model, "-n", "120", "--max-new-tokens", "32", "--json", "figures.json"]),
         Command(["bench", str(matrix), "--out", "out"]),
     ]
 
@@ -425,13 +425,13 @@ def remount(folder: Path, options: str) -> None:
 
 
 def full_disk(run: Undisturbed, folder: Path) -> Report:
-    """Start it on a disk that is twice as large each time, until it finishes."""
+    """Start it on a disk that is three times as large each time, until it finishes."""
     report, kibibytes = Report(run.command.name, "full disk"), 24
     place = Place(run.command, folder / "disk")
     with small_disk(place.folder, f"{kibibytes}k"):
         while (code := place.start()) != 0 and kibibytes < 2**18:
             report.fail(place, run, code)
-            kibibytes *= 2
+            kibibytes *= 3
             remount(place.folder, f"size={kibibytes}k")
         report.end(place, run, code)
     return report
@@ -468,9 +468,17 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to write what was done when, and what came of it")
     args = parser.parse_args()
     reports: list[Report] = []
+
+    def keep(run: Undisturbed, report: Report) -> None:
+        tell(report, run)
+        reports.append(report)
+        if args.json is not None:
+            kills = sum(report.disturbed for report in reports if report.what == "SIGKILL")
+            write_json(args.json, {"seed": args.seed, "kills": kills, "reports": [vars(report) for report in reports]})
+
     with TemporaryDirectory() as scratch:
         folder, rng = Path(scratch), random.Random(args.seed)
-        maker = PROCESSES.Process(target=make_model, args=(folder / "model",))  # no thread of its stays in this one
+        maker = PROCESSES.Process(target=make_model, args=(folder / "model",))  # none of its threads stay in this one
         maker.start()
         maker.join()
         for command in commands(folder):
@@ -479,17 +487,12 @@ def main() -> None:
             beside = folder / command.name
             run = Undisturbed.run(command, beside / "undisturbed" / "place")
             for times, by in ((args.kills, signal.SIGKILL), (args.stops, signal.SIGTERM)):
-                reports.append(interrupted(run, beside / by.name, rng, times, by))
-                tell(reports[-1], run)
+                keep(run, interrupted(run, beside / by.name, rng, times, by))
             for disturb in (full_disk, read_only, without_memory):
                 if disturb is without_memory or os.geteuid() == 0:
-                    reports.append(disturb(run, beside / disturb.__name__))
-                    tell(reports[-1], run)
+                    keep(run, disturb(run, beside / disturb.__name__))
                 else:
                     print(f"{command.name}, {disturb.__name__}: left out, since only root may mount", flush=True)
-    if args.json is not None:
-        kills = sum(report.disturbed for report in reports if report.what == "SIGKILL")
-        write_json(args.json, {"seed": args.seed, "kills": kills, "reports": [vars(report) for report in reports]})
     raise SystemExit(any(report.problems for report in reports))
 
 

@@ -105,7 +105,7 @@ def test_answers_do_not_depend_on_which_are_known(suspect: OpenedModel, rows: li
     batches: list[dict[int, str]] = []
     whole = generate(suspect.model, suspect.tokenizer, prompts, on_answers=batches.append, **asked)
     assert len(batches) > 3
-    known = {*batches[0], *batches[1], list(batches[2])[0]}
+    known = {*batches[0], *batches[1], next(iter(batches[2]))}
     rest: dict[int, str] = {}
     generate(suspect.model, suspect.tokenizer, prompts, on_answers=rest.update, known=known, **asked)
     assert rest == {i: whole[i] for batch in batches[2:] for i in batch}
