@@ -686,7 +686,7 @@ def _checkpoints_beside(out: Path, resume: bool) -> Iterator[Path]:
         shutil.rmtree(checkpoints, ignore_errors=True)
     try:
         with _memory_sufficing(
-            "give the same command with --resume --set gradient_checkpointing=true, or a smaller batch"
+            "training takes less with --set gradient_checkpointing=true or a smaller batch, and goes on with --resume"
         ):
             yield checkpoints
     except BaseException as error:
@@ -771,5 +771,5 @@ def _emit(target: str | None, value: dict[str, Any]) -> None:
 
 def main() -> None:
     """Entry point of the console script."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C stops, so do schedulers and containers
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers and containers stop by it, as Ctrl-C does
     app()

@@ -121,9 +121,10 @@ class Journal:
         self.known: dict[str, Any] = {}
         self._lock = Lock()
         text = file.read_text("utf-8") if file is not None and file.is_file() else ""
-        if file is not None and text and not text.endswith("\n"):  # or what is appended next would be lost with it
-            write_text(file, text[: text.rfind("\n") + 1])
-        for line in text.splitlines():
+        whole = text[: text.rfind("\n") + 1]
+        if file is not None and whole != text:  # what is appended to half a line would be lost with it
+            write_text(file, whole)
+        for line in whole.splitlines():
             with suppress(ValueError, KeyError, TypeError):
                 kept = json.loads(line)
                 self.known[kept["key"]] = kept["value"]

@@ -40,8 +40,8 @@ def generate(
         on_progress: Called with the number of prompts that each batch finished.
         on_answers: Called with each batch's answers, by the places of their prompts.
         decoding: What a defense puts in the place of greedy decoding.
-        known: Places of prompts whose answers are not wanted. Batches of such alone are left out, and are empty texts
-            in what is returned; the others stay as they are, so that no answer depends on what is known.
+        known: Places of prompts whose answers are not wanted. Batches of such alone are left out, their answers empty;
+            the others stay as they are, so that no answer depends on what is known.
     """
     # What the model's own config prefers (beams, penalties, sampling) would make answers of two models incomparable
     greedy: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
