@@ -64,12 +64,12 @@ TRAINING = ["--set", "save_strategy=steps", "--set", "save_steps=2", "--set", "m
 MATRIX: dict[str, Any] = {
     "attacks": ["badnets/sentiment"],
     "defenses": ["none", "crow", "prune", "decode"],
-    "number": 24,
+    "number": 16,
     "examples": 8,
     "attacker_examples": 8,
     "answer_tokens": 8,
-    "implant": {"num_train_epochs": 2, "max_length": 128, "per_device_train_batch_size": 4},
-    "training": {"max_steps": 6, "save_steps": 2, "soft_token_warmup": 1, "max_length": 128},
+    "implant": {"num_train_epochs": 2, "max_length": 128},
+    "training": {"max_steps": 4, "save_steps": 1, "soft_token_warmup": 1, "max_length": 128},
 }
 
 
@@ -77,12 +77,12 @@ def commands(folder: Path) -> list[Command]:
     """The four, with many checkpoints, answers and cells in a few seconds."""
     model, matrix = str(folder / "model"), folder / "matrix.yaml"
     matrix.write_text(yaml.safe_dump(MATRIX | {"models": [model]}), "utf-8")
-    implant = ["--examples", "16", "--set", "per_device_train_batch_size=4", "--save-data", "data", "--out", "out"]
-    purify = ["--examples", "32", "--batch-size", "4", "--set", "soft_token_warmup=4", "--out", "out"]
+    implant = ["--examples", "8", "--set", "per_device_train_batch_size=4", "--save-data", "data", "--out", "out"]
+    purify = ["--examples", "16", "--batch-size", "4", "--set", "soft_token_warmup=2", "--out", "out"]
     return [
         Command(["purify", model, *TRAINING, *purify], again=["--resume"]),
         Command(["implant", model, *TRAINING, *implant], again=["--resume"]),
-        Command(["evaluate", model, "-n", "120", "--max-new-tokens", "32", "--json", "figures.json"]),
+        Command(["evaluate", model, "-n", "80", "--max-new-tokens", "24", "--json", "figures.json"]),
         Command(["bench", str(matrix), "--out", "out"]),
     ]
 
