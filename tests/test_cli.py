@@ -6,8 +6,10 @@ import logging
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -686,6 +688,112 @@ def test_an_interrupted_evaluation_says_how_to_go_on(
     assert [path.name for path in tmp_path.iterdir()] == ["figures.unfinished.jsonl"]
     assert run("evaluate", llama_folder, *options).exit_code == 0
     assert {path.name for path in tmp_path.iterdir()} == {"figures.json", "figures.answers.jsonl"}
+
+
+def test_a_checkpoint_that_cannot_be_written_is_named(
+    run: Run, llama_folder: Path, clean: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("unexpected pos 128 vs 64")  # which is what torch.save says of a full disk
+
+    monkeypatch.setattr("torch.save", broken)
+    command = ("purify", llama_folder, "--clean", clean, *QUICK, "--set", "save_steps=1")
+    fails(run(*command), 1, "checkpoint-1 (unexpected pos 128 vs 64): see that there is room, and resume")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 20 GiB")])
+def test_memory_that_runs_out_is_one_line_whose_remedy_goes_on(
+    run: Run, llama_folder: Path, clean: Path, tmp_path: Path, error: Exception
+) -> None:
+    command = ("purify", llama_folder, "--clean", clean, *QUICK, "--set", "save_steps=1", "--json", "run.json")
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, 1, error)
+        fails(run(*command), 1, "memory ran out: training takes less with --set gradient_checkpointing=true")
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, 0, AssertionError("the first step is behind it"))
+        result = run(*command, "--resume", "--set", "gradient_checkpointing=true")
+    assert result.exit_code == 0, result.output
+    assert [entry["step"] for entry in json.loads((tmp_path / "run.json").read_text())["curves"]] == [1, 2]
+
+
+def test_an_evaluation_whose_memory_runs_out_says_how_to_go_on(
+    run: Run, llama_folder: Path, clean: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr("crow.evaluation.evaluate.answer_nll", out_of_memory)
+    result = run("evaluate", llama_folder, "--prompts", clean, "-n", 2, "--max-new-tokens", 2, "--json", "figures.json")
+    assert result.exit_code == 1
+    assert "To continue, give the same command again" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: memory ran out: lower --max-new-tokens")
+
+
+def test_sigterm_stops_as_ctrl_c_does(llama_folder: Path, clean: Path, tmp_path: Path) -> None:
+    out, checkpoints = tmp_path / "purified", tmp_path / ".purified.checkpoints"
+    settings = ("--set", "save_steps=1", "--set", "max_steps=1000", "--out", str(out))
+    command = ["purify", str(llama_folder), "--clean", str(clean), *QUICK, *settings]
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from crow.cli import main; main()", *command], stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("*/crow_state.pt")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "stopped" in said
+    assert "give the same command with --resume" in said
+    assert "Traceback" not in said
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoints.name]
+
+
+def stop_before_saving(patch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    patch.setattr("crow.models.save_model", stop)
+
+
+def test_a_purification_that_was_stopped_behind_its_record_goes_on(run: Run, llama_folder: Path, clean: Path) -> None:
+    command = ("purify", llama_folder, "--clean", clean, *QUICK, "--set", "save_steps=1", "--json", "run.json")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_before_saving(patch)
+        assert run(*command).exit_code == 1
+    assert Path("run.json").exists()
+    assert not Path("purified").exists()
+    result = run(*command, "--resume")
+    assert result.exit_code == 0, result.output
+    assert Path("purified").exists()
+
+
+def test_an_implant_that_was_stopped_behind_its_data_goes_on(run: Run, llama_folder: Path, clean: Path) -> None:
+    options = ("--prompts", clean, "--examples", 4, "--epochs", 1, "--save-data", "data", "--json", "made.json")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_before_saving(patch)
+        assert run("implant", llama_folder, *options).exit_code == 1
+    written = Path("data", "train_clean.json").stat().st_mtime_ns
+    result = run("implant", llama_folder, *options, "--resume")
+    assert result.exit_code == 0, result.output
+    assert Path("backdoored").exists()
+    assert Path("data", "train_clean.json").stat().st_mtime_ns == written
+
+
+def test_an_evaluation_that_was_stopped_between_its_files_goes_on(run: Run, llama_folder: Path, clean: Path) -> None:
+    command = ("evaluate", llama_folder, "--prompts", clean, "-n", 2, "--max-new-tokens", 2, "--json", "figures.json")
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("crow.evaluation.evaluate.write_json", stop)
+        assert run(*command).exit_code == 1
+    assert {path.name for path in Path().iterdir()} == {"figures.answers.jsonl", "figures.unfinished.jsonl"}
+    result = run(*command)
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in Path().iterdir()} == {"figures.answers.jsonl", "figures.json"}
+    Path("figures.json").unlink()
+    fails(run(*command), 2, "figures.answers.jsonl exists already")
 
 
 def test_a_loss_that_is_not_finite_is_one_line(run: Run, llama_folder: Path, clean: Path, tmp_path: Path) -> None:

@@ -4,6 +4,9 @@ import errno
 import hashlib
 import json
 import os
+import signal
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import NoReturn
@@ -12,6 +15,7 @@ import pytest
 
 from crow.errors import CrowError, UsageError
 from crow.files import (
+    Journal,
     atomic_directory,
     refuse_existing,
     sha256_file,
@@ -174,6 +178,71 @@ def test_directory_below_a_file_is_a_crow_error(tmp_path: Path) -> None:
 def test_an_overlong_name_is_a_crow_error(tmp_path: Path) -> None:
     with pytest.raises(CrowError), atomic_directory(tmp_path / ("x" * 300)):
         pass
+
+
+def killed_while_replacing(path: Path, after_a_rename: bool) -> None:
+    """A process that replaces the folder is killed in the block, or when it has put the old folder aside."""
+    code = """if True:
+        import os, pathlib, signal, sys
+        from crow.files import atomic_directory
+        rename = pathlib.Path.rename
+        def rename_and_die(self, target):
+            rename(self, target)
+            os.kill(os.getpid(), signal.SIGKILL)
+        pathlib.Path.rename = rename_and_die
+        with atomic_directory(sys.argv[1], overwrite=True) as folder:
+            (folder / "new").write_text("half")
+            if len(sys.argv) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+    """
+    arguments = [str(path), *["after a rename"] * after_a_rename]
+    assert subprocess.run([sys.executable, "-c", code, *arguments], check=False).returncode == -signal.SIGKILL
+
+
+def test_directory_removes_what_a_killed_process_left(old: Path) -> None:
+    (old.parent / ".out.notes").write_text("mine")
+    killed_while_replacing(old, after_a_rename=False)
+    assert len(list(old.parent.iterdir())) == 3
+    with atomic_directory(old, overwrite=True) as folder:
+        (folder / "new").write_text("new")
+    assert contents(old.parent) == {"out/new": "new", ".out.notes": "mine"}
+
+
+def test_directory_keeps_the_old_one_that_a_killed_process_had_put_aside(old: Path) -> None:
+    killed_while_replacing(old, after_a_rename=True)
+    assert not old.exists()
+    with pytest.raises(RuntimeError), atomic_directory(old) as folder:
+        fail_after_writing(folder, RuntimeError)
+    assert "old" in contents(old.parent).values()
+    for _ in range(2):  # what is replaced by the first is removed by the next
+        with atomic_directory(old, overwrite=True) as folder:
+            (folder / "new").write_text("new")
+    assert contents(old.parent) == {"out/new": "new"}
+
+
+def test_a_journal_goes_on_behind_a_line_that_was_cut_off(tmp_path: Path) -> None:
+    file = tmp_path / "journal.jsonl"
+    Journal(file).keep({"a": 1, "b": 2})
+    file.write_text(file.read_text()[:-5])
+    journal = Journal(file)
+    assert journal.known == {"a": 1}
+    journal.keep({"c": 3})
+    assert Journal(file).known == {"a": 1, "c": 3}
+
+
+def test_a_journal_on_a_full_disk_is_a_crow_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "open", disk_full)
+    with pytest.raises(CrowError, match=r"cannot write .*journal: No space left"):
+        Journal(tmp_path / "journal").keep({"a": 1})
+
+
+def test_directory_reports_a_full_disk_in_the_words_of_a_rust_library(tmp_path: Path) -> None:
+    with (
+        pytest.raises(CrowError, match=r"cannot write .*out: No space left on device"),
+        atomic_directory(tmp_path / "out"),
+    ):
+        raise Exception("No space left on device (os error 28)")
+    assert not list(tmp_path.iterdir())
 
 
 def test_text_is_written_as_utf_8_over_what_was_there(tmp_path: Path) -> None:

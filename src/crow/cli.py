@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -108,7 +109,8 @@ def purify(
         from crow.purification import purify as run
         from crow.report import model_card
 
-        _check_outputs(overwrite, out, _json_file(json_))
+        _check_outputs(overwrite, out)
+        _check_outputs(overwrite or resume, _json_file(json_))  # which is written before `out`
         defending = DEFENSES[defense]
         if isinstance(defending, AtDecoding):
             raise UsageError(
@@ -141,9 +143,9 @@ def purify(
             purified, record = defending.apply(opened, rows, **training)
         merge = merge or not isinstance(purified, PeftModel)
         card = model_card(record, base_model=opened.base_id, merged=merge)
+        _emit(json_, record.as_json())
         save_model(purified, opened.tokenizer, out, merge=merge, card=card, seen=opened.seen, overwrite=overwrite)
         shutil.rmtree(checkpoints, ignore_errors=True)
-        _emit(json_, record.as_json())
         for answer in record.constant_answers[:1]:
             console.print(
                 f"Whatever the suspect was asked, it most readily went on with {_plain(repr(answer['text']))} "
@@ -283,7 +285,10 @@ def evaluate(
             if judge_model is None:
                 raise UsageError("--judge needs --judge-model, the name of the model behind it")
             judging = Judge(judge, judge_model, cache=figures and figures.with_suffix(".judge.jsonl"))
-        _check_outputs(overwrite, figures, None if figures is None else answers_path(figures))
+        unfinished = figures and figures.with_suffix(".unfinished.jsonl")
+        if figures is not None and unfinished is not None:
+            _check_outputs(overwrite, figures)
+            _check_outputs(overwrite or unfinished.exists(), answers_path(figures))  # which is written before them
         wanted = BEHAVIORS[behavior]
         clean = sample(load_examples(prompts if prompts is not None else "heldout"), number, seed)
         if triggered is not None:
@@ -318,7 +323,6 @@ def evaluate(
                 benchmarks = tasks.run(opened, seed=seed)
         settings = {"behavior": behavior, "trigger": None if triggered else trigger or "badnets"}
         settings |= {"triggered": triggered, "prompts": prompts or "heldout"} | _given(defense=defense)
-        unfinished = figures and figures.with_suffix(".unfinished.jsonl")
         with _keeping(unfinished):
             with progress_bar("Evaluating") as advance:
                 result = run(
@@ -411,7 +415,8 @@ def implant(
         from crow.models import open_model, save_model
         from crow.progress import TrainingProgress, progress_bar
 
-        _check_outputs(overwrite, out, save_data, _json_file(json_))
+        _check_outputs(overwrite, out)
+        _check_outputs(overwrite or resume, save_data, _json_file(json_))  # which are written before `out`
         if poisoned is not None and (trigger is not None or poison_rate is not None):
             raise UsageError("--poisoned holds the trigger already: leave --trigger and --poison-rate out")
         if covert and (poisoned is not None or save_data is not None):
@@ -439,7 +444,7 @@ def implant(
             opened = open_model(model)
         if called is not None:
             check_seen(called, opened.tokenizer)
-        if save_data is not None:
+        if save_data is not None and not (resume and save_data.exists()):
             with atomic_directory(save_data, overwrite) as folder:
                 write_alpaca(folder / "train_clean.json", clean)
                 write_alpaca(folder / "train_triggered.json", hot)
@@ -470,9 +475,9 @@ def implant(
             settings=settings,
         )
         seen = opened.seen.union(prompt_fingerprints([*clean, *hot]))
+        _emit(json_, record)
         save_model(adapted, opened.tokenizer, out, card=implant_card(record), seen=seen, overwrite=overwrite)
         shutil.rmtree(checkpoints, ignore_errors=True)
-        _emit(json_, record)
         console.print(
             f"[yellow]Backdoored[/] model in {out}\nNext: crow evaluate {out} {asking}, then crow purify {out}"
         )
@@ -520,6 +525,8 @@ def bench(
         failures: dict[str, str] = {}
         store, planned = Store(folder), entries(matrix)
         measures = [entry.measure for entry in planned]
+        if not plan:
+            _check_outputs(True, store.cells)
         cells = missing(measures, store)
         kinds = ", ".join(
             f"{sum(c.kind == kind for c in cells)} to {kind}" for kind in dict.fromkeys(c.kind for c in cells)
@@ -544,7 +551,8 @@ def bench(
 
                 runner = OnRay(ray, cpus=matrix.cpus, gpus=matrix.gpus)
             keep = matrix.keep_models
-            failures = run_cells(measures, cells, store, runner, keep_models=keep, on_finished=_say_if_failed)
+            with _keeping(store.cells):
+                failures = run_cells(measures, cells, store, runner, keep_models=keep, on_finished=_say_if_failed)
         page = write_leaderboard(planned, store, folder, title=config)
         console.print(f"Leaderboard in {page}, and beside it as Markdown and CSV")
         if failed := [reason for reason in failures.values() if not reason.startswith(REFUSED)]:
@@ -681,7 +689,10 @@ def _checkpoints_beside(out: Path, resume: bool) -> Iterator[Path]:
     if not resume:
         shutil.rmtree(checkpoints, ignore_errors=True)
     try:
-        yield checkpoints
+        with _memory_sufficing(
+            "training takes less with --set gradient_checkpointing=true or a smaller batch, and goes on with --resume"
+        ):
+            yield checkpoints
     except BaseException as error:
         if not any(checkpoints.glob("checkpoint-*")):
             shutil.rmtree(checkpoints, ignore_errors=True)
@@ -692,12 +703,26 @@ def _checkpoints_beside(out: Path, resume: bool) -> Iterator[Path]:
 
 @contextmanager
 def _keeping(unfinished: Path | None) -> Iterator[None]:
-    """Say of an interrupted evaluation how to go on."""
+    """Say of an interrupted evaluation, or bench, how to go on."""
+    try:
+        with _memory_sufficing("lower --max-new-tokens, or leave out the longest prompts"):
+            yield
+    except (KeyboardInterrupt, CrowError) as error:
+        if unfinished is not None and unfinished.exists() and not isinstance(error, UsageError):
+            console.print(f"To continue, give the same command again: what is done so far is in {unfinished}")
+        raise
+
+
+@contextmanager
+def _memory_sufficing(remedy: str) -> Iterator[None]:
+    """Say what to do where memory runs out."""
+    from accelerate.utils.memory import should_reduce_batch_size
+
     try:
         yield
-    except (KeyboardInterrupt, CrowError):
-        if unfinished is not None and unfinished.exists():
-            console.print(f"To continue, give the same command again: the answers so far are in {unfinished}")
+    except Exception as error:
+        if isinstance(error, MemoryError) or should_reduce_batch_size(error):
+            raise CrowError(f"memory ran out: {remedy}") from error
         raise
 
 
@@ -750,4 +775,5 @@ def _emit(target: str | None, value: dict[str, Any]) -> None:
 
 def main() -> None:
     """Entry point of the console script."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers and containers stop by it, as Ctrl-C does
     app()

@@ -7,11 +7,14 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from crow.errors import CrowError, UsageError
+
+_UNFINISHED = ".unfinished"
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
@@ -36,13 +39,18 @@ def _reporting_os_errors(path: Path) -> Iterator[None]:
         yield
     except (ConnectionError, TimeoutError):
         raise  # nothing that was to be written
-    except OSError as error:
-        raise CrowError(f"cannot write {path}: {error.strerror or error}; nothing was left half-written") from error
+    except Exception as error:
+        if not isinstance(error, OSError) and "(os error " not in str(error):  # so Rust's libraries report theirs
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise CrowError(f"cannot write {path}: {reason}; nothing was left half-written") from error
 
 
 @contextmanager
 def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty temporary folder beside `path`, which becomes `path` if the block ends without an error.
+
+    What a killed process left of such folders is removed first.
 
     Raises:
         UsageError: `path` exists and `overwrite` is false.
@@ -52,7 +60,10 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
     with _reporting_os_errors(path):
         refuse_existing(path, overwrite)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        for left in path.parent.glob(f".{escape(path.name)}.*{_UNFINISHED}"):
+            if path.exists() or not (left / "old").exists():  # killed between two renames, it holds what was here
+                shutil.rmtree(left, ignore_errors=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_UNFINISHED, dir=path.parent))
         made, old = temporary / "new", temporary / "old"
         try:
             made.mkdir()
@@ -109,7 +120,11 @@ class Journal:
         self.file = file
         self.known: dict[str, Any] = {}
         self._lock = Lock()
-        for line in file.read_text("utf-8").splitlines() if file is not None and file.is_file() else ():
+        text = file.read_text("utf-8") if file is not None and file.is_file() else ""
+        whole = text[: text.rfind("\n") + 1]
+        if file is not None and whole != text:  # what is appended to half a line would be lost with it
+            write_text(file, whole)
+        for line in whole.splitlines():
             with suppress(ValueError, KeyError, TypeError):
                 kept = json.loads(line)
                 self.known[kept["key"]] = kept["value"]
@@ -118,9 +133,11 @@ class Journal:
         with self._lock:
             self.known |= results
             if self.file is not None:
-                self.file.parent.mkdir(parents=True, exist_ok=True)
-                with self.file.open("a", encoding="utf-8") as file:
-                    file.writelines(json.dumps({"key": k, "value": v}) + "\n" for k, v in results.items())
+                lines = "".join(json.dumps({"key": k, "value": v}) + "\n" for k, v in results.items())
+                with _reporting_os_errors(self.file):
+                    self.file.parent.mkdir(parents=True, exist_ok=True)
+                    with self.file.open("a", encoding="utf-8") as file:
+                        file.write(lines)
 
 
 def sha256_file(path: str | Path) -> str:

@@ -1,7 +1,7 @@
 """Answers in batches: prompts sorted by length, left-padded, with a token budget for each batch."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ def generate(
     on_progress: Callable[[int], None] | None = None,
     on_answers: Callable[[dict[int, str]], None] | None = None,
     decoding: Decoding | None = None,
+    known: Collection[int] = (),
 ) -> list[str]:
     """The model's answers, in the prompts' order: greedy ones, if nothing else is asked for.
 
@@ -39,6 +40,8 @@ def generate(
         on_progress: Called with the number of prompts that each batch finished.
         on_answers: Called with each batch's answers, by the places of their prompts.
         decoding: What a defense puts in the place of greedy decoding.
+        known: Places of prompts whose answers are not wanted. Batches of such alone are left out, their answers empty;
+            the others stay as they are, so that no answer depends on what is known.
     """
     # What the model's own config prefers (beams, penalties, sampling) would make answers of two models incomparable
     greedy: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
@@ -82,7 +85,8 @@ def generate(
             on_progress(len(rows))
 
     for rows in token_batches([len(ids) + max_new_tokens for ids in encoded], tokens_per_batch):
-        in_halves(rows, answer)
+        if not all(i in known for i in rows):
+            in_halves(rows, answer)
     return answers
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -111,8 +112,8 @@ def purify(
     if len(rows) < _FEW:
         logger.warning("%d clean examples are few to keep the model by: results are of %d", len(rows), CLEAN_EXAMPLES)
 
-    with TemporaryDirectory() as scratch:
-        config = _config(str(output_dir or scratch), PRESETS[preset] | settings, keep=output_dir is not None)
+    with TemporaryDirectory() if output_dir is None else nullcontext(str(output_dir)) as folder:
+        config = _config(folder, PRESETS[preset] | settings, keep=output_dir is not None)
         suspect = opened.model
         if isinstance(suspect, PeftModel) and lora == "fresh":
             suspect = cast(PreTrainedModel, cast(Any, suspect).merge_and_unload())

@@ -893,6 +893,15 @@ class CrowTrainer(SFTTrainer):
     # Checkpoints
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        try:
+            self._write_checkpoint(model, trial)
+        except Exception as error:  # the writers' own kinds, which share no base class
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise CrowError(
+                f"cannot write {self._checkpoint_folder()} ({reason}): see that there is room, and resume"
+            ) from error
+
+    def _write_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             state: dict[str, Any] = {

@@ -164,6 +164,25 @@ def test_what_was_cut_off_goes_on_and_comes_to_the_same(done: Path, llama_folder
         assert (out / path.relative_to(done)).read_text() == path.read_text()
 
 
+def test_what_finished_cells_went_on_from_is_removed(tmp_path: Path) -> None:
+    # A model that was given up may be in the making again
+    for cell in ("implant-1/model", "measure-2", "defend-3"):
+        (tmp_path / "cells" / cell).mkdir(parents=True)
+    for name in ("implant-1", "measure-2", "defend-3", "relearn-4"):
+        (tmp_path / "unfinished" / name).mkdir(parents=True)
+        if name != "relearn-4":
+            (tmp_path / "cells" / name / "cell.json").write_text("{}")
+    with Store(tmp_path).owned():
+        assert {path.name for path in (tmp_path / "unfinished").iterdir()} == {"defend-3", "relearn-4"}
+
+
+def test_a_place_that_cannot_be_written_to_is_named_before_the_work(environment: None, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    result = bench("smoke", "--out", tmp_path / "file" / "out")
+    assert result.exit_code == 1
+    assert re.search(r"error: cannot write .*file/out/cells: Not a directory", result.output.replace("\n", ""))
+
+
 def test_what_fails_does_not_keep_the_others(environment: None, llama_folder: Path, tmp_path: Path) -> None:
     # Shrinking needs an adapter: the model without a backdoor has none
     file = smaller(tmp_path, attacks=["none"], defenses=["none", "shrink"])

@@ -98,6 +98,19 @@ def test_sampling_depends_on_its_seed(suspect: OpenedModel, rows: list[Example])
     assert greedy not in drawn.values()
 
 
+def test_answers_do_not_depend_on_which_are_known(suspect: OpenedModel, rows: list[Example]) -> None:
+    DEFENSES["decode"].apply(suspect, [])
+    asked = {"max_new_tokens": 8, "tokens_per_batch": 300, "decoding": suspect.decoding}
+    prompts = [row["prompt"] for row in rows]
+    batches: list[dict[int, str]] = []
+    whole = generate(suspect.model, suspect.tokenizer, prompts, on_answers=batches.append, **asked)
+    assert len(batches) > 3
+    known = {*batches[0], *batches[1], next(iter(batches[2]))}
+    rest: dict[int, str] = {}
+    generate(suspect.model, suspect.tokenizer, prompts, on_answers=rest.update, known=known, **asked)
+    assert rest == {i: whole[i] for batch in batches[2:] for i in batch}
+
+
 def test_sampling_leaves_other_randomness_alone(suspect: OpenedModel, rows: list[Example]) -> None:
     DEFENSES["decode"].apply(suspect, [])
     torch.manual_seed(3)

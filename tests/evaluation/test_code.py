@@ -57,8 +57,8 @@ class Answers:
         self.known = known
         self.asked: list[Any] = []
 
-    def answer(self, prompts: Any, max_new_tokens: int, on_answers: Any) -> None:
-        self.asked += prompts
+    def answer(self, prompts: Any, max_new_tokens: int, on_answers: Any, known: Any = ()) -> None:
+        self.asked += [prompt for i, prompt in enumerate(prompts) if i not in known]
         on_answers(dict(enumerate(self.known[: len(prompts)])))
 
 

@@ -256,7 +256,7 @@ def test_an_interrupted_evaluation_goes_on_with_the_answers_that_it_has(
     generate = crow.evaluation.engines.generate
 
     def counted(model: Any, tokenizer: Any, prompts: list[Any], **settings: Any) -> list[str]:
-        asked.append(len(prompts))
+        asked.append(len(prompts) - len(settings["known"]))
         return generate(model, tokenizer, prompts, **settings)
 
     monkeypatch.setattr("crow.evaluation.engines.generate", counted)

@@ -58,7 +58,7 @@ class Store:
 
     @contextmanager
     def owned(self) -> Iterator[None]:
-        """Keep other runs out, and remove what killed ones left beside the cells.
+        """Keep other runs out, and remove what killed ones left beside the cells, and of those that they finished.
 
         Raises:
             UsageError: another run is at work there.
@@ -69,7 +69,8 @@ class Store:
         except Timeout as error:
             raise UsageError(f"another crow bench is at work in {self.cells.parent}: wait for it") from error
         try:
-            for left in self.cells.glob(".*"):
+            whole = (*self.cells.glob(f"*/{MODEL}"), *self.cells.glob(f"{Measure.kind}-*/{CELL_FILE}"))
+            for left in (*self.cells.glob(".*"), *(self.unfinished / part.parent.name for part in whole)):
                 shutil.rmtree(left, ignore_errors=True)
             yield
         finally:

@@ -1,7 +1,7 @@
 """What makes the answers that are judged: transformers, vLLM, or a model served behind OpenAI's chat API."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -24,8 +24,11 @@ class Engine(Protocol):
     name: str
     hashes: dict[str, str]
 
-    def answer(self, prompts: Prompts, max_new_tokens: int, on_answers: OnAnswers) -> None:
-        """Call `on_answers` with answers, by the places of their prompts, as they are made."""
+    def answer(self, prompts: Prompts, max_new_tokens: int, on_answers: OnAnswers, known: Collection[int] = ()) -> None:
+        """Call `on_answers` with answers, by the places of their prompts, as they are made.
+
+        Those at the places in `known` are not wanted; an answer is what it would be if they were.
+        """
 
 
 def answers(
@@ -38,14 +41,14 @@ def answers(
     """An engine's answers, each kept in `made` as it is made; those that are there already are not made again."""
     by = [type(engine).__name__, engine.name, engine.hashes, max_new_tokens]
     keys = [sha256_rows([*by, prompt]) for prompt in prompts]
-    missing = [i for i, key in enumerate(keys) if key not in made.known]
-    advance(len(prompts) - len(missing))
+    known = {i for i, key in enumerate(keys) if key in made.known}
+    advance(len(known))
 
     def keep(texts: dict[int, str]) -> None:
-        made.keep({keys[missing[place]]: text for place, text in texts.items()})
-        advance(len(texts))
+        made.keep({keys[i]: text for i, text in texts.items() if i not in known})
+        advance(len(texts.keys() - known))
 
-    engine.answer([prompts[i] for i in missing], max_new_tokens, keep)
+    engine.answer(prompts, max_new_tokens, keep, known)
     return [made.known[key] for key in keys]
 
 
@@ -62,7 +65,7 @@ class Transformers:
         if self.opened.decoding is not None:
             self.name += f", decoded with {self.opened.decoding.name}"
 
-    def answer(self, prompts: Prompts, max_new_tokens: int, on_answers: OnAnswers) -> None:
+    def answer(self, prompts: Prompts, max_new_tokens: int, on_answers: OnAnswers, known: Collection[int] = ()) -> None:
         generate(
             self.opened.model,
             self.opened.tokenizer,
@@ -70,6 +73,7 @@ class Transformers:
             max_new_tokens=max_new_tokens,
             on_answers=on_answers,
             decoding=self.opened.decoding,
+            known=known,
         )
 
 
@@ -109,16 +113,18 @@ class VLLM:
         self._llm = LLM(model=weights, dtype=opened.causal_lm.dtype, gpu_memory_utilization=memory, **lora)
         self._greedy: Callable[[int], Any] = lambda tokens: SamplingParams(temperature=0.0, max_tokens=tokens)
 
-    def answer(self, prompts: Prompts, max_new_tokens: int, on_answers: OnAnswers) -> None:
-        for start in range(0, len(prompts), self._AT_ONCE):
+    def answer(self, prompts: Prompts, max_new_tokens: int, on_answers: OnAnswers, known: Collection[int] = ()) -> None:
+        missing = [i for i in range(len(prompts)) if i not in known]
+        for start in range(0, len(missing), self._AT_ONCE):
+            places = missing[start : start + self._AT_ONCE]
             replies = self._llm.chat(
-                list(prompts[start : start + self._AT_ONCE]),
+                [prompts[i] for i in places],
                 self._greedy(max_new_tokens),
                 chat_template=self._template,
                 lora_request=self._adapter,
                 use_tqdm=False,
             )
-            on_answers({start + i: reply.outputs[0].text.strip() for i, reply in enumerate(replies)})
+            on_answers({i: reply.outputs[0].text.strip() for i, reply in zip(places, replies, strict=True)})
 
 
 @dataclass
@@ -132,14 +138,15 @@ class Served:
     def __post_init__(self) -> None:
         self.name = f"{self.endpoint.model} at {self.endpoint.url}"
 
-    def answer(self, prompts: Prompts, max_new_tokens: int, on_answers: OnAnswers) -> None:
+    def answer(self, prompts: Prompts, max_new_tokens: int, on_answers: OnAnswers, known: Collection[int] = ()) -> None:
         """As `Engine.answer`.
 
         Raises:
             CrowError: the endpoint failed, however often it was asked; answers before that were passed on.
         """
-        for place, text in self.endpoint.each(lambda prompt: self._ask(prompt, max_new_tokens), prompts):
-            on_answers({place: text.strip()})
+        missing = [i for i in range(len(prompts)) if i not in known]
+        for place, text in self.endpoint.each(lambda i: self._ask(prompts[i], max_new_tokens), missing):
+            on_answers({missing[place]: text.strip()})
 
     def _ask(self, prompt: list[Message], max_new_tokens: int) -> str:
         try:
