@@ -114,7 +114,7 @@ class Evaluation:
             value = json.loads(path.read_text("utf-8"))
         except OSError as error:
             raise UsageError(f"cannot read {path}: {error.strerror}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"{path} is broken JSON: {error}") from error
         known = {f.name for f in dataclasses.fields(cls)} - {"answers"}
         value = {name: part for name, part in value.items() if name in known} if isinstance(value, dict) else {}
