@@ -435,13 +435,13 @@ def _load(name: str, load: Callable[[], T]) -> T:
     """Run a loader of transformers or PEFT, whose errors share no base class, and say what failed in one line."""
     try:
         return load()
-    except CrowError:
+    except (CrowError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:
+    except BaseException as error:  # a panic of tokenizers is no Exception
         raise UsageError(f"cannot open {name}: {_one_line(error)}") from error
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return next((line.strip() for line in lines if "size mismatch" in line), lines[0])
 

@@ -130,7 +130,7 @@ class Evaluation:
             beside = answers_path(path)
             rows = beside.read_text("utf-8").splitlines() if beside.is_file() else []
             return cls(**value, answers=[json.loads(row) for row in rows])
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise UsageError(
                 f"{path} was not written by `crow evaluate`, or by another version of it: measure again"
             ) from error
