@@ -150,7 +150,7 @@ def purify(
             )
         done, kind = "Purified" if defense == "crow" else "Defended", "model" if merge else "adapter"
         console.print(
-            f"[green]{done}[/] {opened.name} in {record.seconds:.0f} s ({record.steps} steps, "
+            f"[green]{done}[/] {_plain(opened.name)} in {record.seconds:.0f} s ({record.steps} steps, "
             f"{record.clean_examples} clean examples): {kind} in {out}\n"
             f"Next: crow evaluate {out} --triggered FILE, with prompts that made the suspect misbehave, or with a "
             "--trigger and --behavior that you know; if you know of none: docs/evaluation.md"
@@ -347,11 +347,11 @@ def evaluate(
         for name in ("attack_success", "false_trigger", "degenerate"):
             table.add_row(name.replace("_", " "), str(getattr(result, name)))
         for name, count in result.further_counts().items():
-            table.add_row(name, str(count))
+            table.add_row(_plain(name), str(count))
         if opened is not None:
             table.add_row("perplexity", f"{result.perplexity:.3f}")
         for name, value in result.further_values().items():
-            table.add_row(name, value)
+            table.add_row(_plain(name), value)
         Console(stderr=json_ == "-").print(table)
         for reason, number in result.judge_failures.items():
             console.print(f"[yellow]{number} judgements failed:[/] {_plain(reason)}", highlight=False)
@@ -605,7 +605,9 @@ def info(model: Model = None, base: Base = None, json_: Json = None, debug: Debu
         else:
             table = Table(show_header=False)
             for name, value in (facts | {f"SHA-256 of {n}": h for n, h in facts.pop("hashes").items()}).items():
-                table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+                table.add_row(
+                    _plain(name.replace("_", " ")), f"{value:,}" if isinstance(value, int) else _plain(str(value))
+                )
             Console().print(table)
 
 
