@@ -7,6 +7,7 @@ import os
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -63,6 +64,14 @@ def test_a_folder_is_opened(llama_folder: Path, tiny_llama: MakeModel) -> None:
     assert torch.equal(logits(opened.model), logits(tiny_llama()))
     assert opened.tokenizer.chat_template
     assert opened.causal_lm is opened.model
+
+
+def test_a_folder_of_every_architecture_is_opened(
+    architecture: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = tiny_model(architecture, len(tokenizer))
+    opened = open_model(save_folder(model, tokenizer, tmp_path / "model"))
+    assert torch.equal(logits(opened.model), logits(model))
 
 
 def test_a_model_is_put_where_accelerate_says(adapter_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,7 +315,7 @@ def test_a_model_that_asks_for_more_room_than_it_fills_is_refused(
 
 
 def test_a_model_larger_than_memory_is_refused(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("crow.models.os.sysconf", lambda name: 512)
+    monkeypatch.setattr("crow.models.psutil.virtual_memory", lambda: SimpleNamespace(total=2**18))
     refused(llama_folder, "needs 0 GiB of memory; this machine has 0: take a larger one, or a smaller model")
 
 

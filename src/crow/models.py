@@ -12,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import psutil
 import torch
 from accelerate import PartialState
 from huggingface_hub import HfApi, try_to_load_from_cache
@@ -239,7 +240,7 @@ def _read_config(name: str, load: Callable[[], PretrainedConfig], weights: Itera
         if held and asked > quantized * held:
             raise UsageError(f"cannot open {name}: its config asks for {asked:,} numbers, its weights hold fewer")
         size = sum(t.nbytes for t in (*model.parameters(), *model.buffers())) // quantized
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        memory = psutil.virtual_memory().total
         if size > memory:
             raise UsageError(
                 f"{name} needs {size / 2**30:,.0f} GiB of memory; this machine has {memory / 2**30:,.0f}: take a larger"
