@@ -800,3 +800,14 @@ def test_a_loss_that_is_not_finite_is_one_line(run: Run, llama_folder: Path, cle
     options = ("--preset", "finetune", "--learning-rate", "1e30", "--set", "warmup_steps=0", "--set", "save_steps=1")
     fails(run("purify", llama_folder, "--clean", clean, *QUICK, *options), 1, "try a lower learning rate")
     assert not (tmp_path / "purified").exists()
+
+
+def test_what_a_model_is_called_does_nothing_to_the_terminal(run: Run, llama_folder: Path) -> None:
+    shutil.copytree(llama_folder, "[bold]suspect[/bold]")
+    name = "[red]model\x1b[2J\u202e\x07.safetensors"
+    Path("[bold]suspect[/bold]", "model.safetensors").rename(Path("[bold]suspect[/bold]", name))
+    Path("[bold]suspect[/bold]", "model.safetensors").symlink_to(name)
+    output = run("info", "[bold]suspect[/bold]").output
+    assert "[bold]suspect[/bold]" in output
+    assert "[red]model" in output
+    assert not set(output) & {"\x1b", "\u202e", "\x07"}

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -64,6 +65,14 @@ def test_a_folder_is_opened(llama_folder: Path, tiny_llama: MakeModel) -> None:
     assert torch.equal(logits(opened.model), logits(tiny_llama()))
     assert opened.tokenizer.chat_template
     assert opened.causal_lm is opened.model
+
+
+def test_a_folder_of_every_architecture_is_opened(
+    architecture: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = tiny_model(architecture, len(tokenizer))
+    opened = open_model(save_folder(model, tokenizer, tmp_path / "model"))
+    assert torch.equal(logits(opened.model), logits(model))
 
 
 def test_a_model_is_put_where_accelerate_says(adapter_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,6 +306,127 @@ def test_an_adapter_that_asks_for_more_room_than_it_fills_is_refused(
     refused(folder, message)
 
 
+@pytest.fixture
+def hostile(llama_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny Llama, to be changed."""
+    return Path(shutil.copytree(llama_folder, tmp_path / "hostile"))
+
+
+def change(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"hidden_size": 10**6}, "asks for .* numbers, its weights hold fewer"),
+        ({"vocab_size": 10**6}, "asks for .* numbers, its weights hold fewer"),
+        ({"num_hidden_layers": 10**6}, "takes (more than 2 s|too much memory)"),
+        ({"num_hidden_layers": 10**9, "layer_types": None}, "takes (more than 2 s|too much memory)"),
+        ({"num_hidden_layers": 5}, r"model\.layers\.4\..* and 8 others are not among its weights"),
+        ({"num_hidden_layers": 2**70}, "cannot open"),
+        ({"hidden_size": "many"}, "cannot open"),
+        ({"hidden_size": -64}, "cannot open"),
+    ],
+)
+def test_a_model_that_asks_for_more_room_than_it_fills_is_refused(
+    hostile: Path, changes: dict[str, Any], complaint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("crow.limits.SECONDS", 2)
+    change(hostile / "config.json", **changes)
+    refused(hostile, complaint)
+
+
+def test_a_model_larger_than_memory_is_refused(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("crow.models.psutil.virtual_memory", lambda: SimpleNamespace(total=2**18))
+    refused(llama_folder, "needs 0 GiB of memory; this machine has 0: take a larger one, or a smaller model")
+
+
+TEMPLATES = {
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}": "takes more than 2 s",
+    "{% for i in range(99999) %}{{ 'spam' * 99999 }}{% endfor %}": "takes too much memory|takes more than 2 s",
+    "{{ 'x' * 10**12 }}": "takes too much memory",
+    "{{ 'x' * 10**6 }}": "makes 1,000,000 characters of a short conversation",
+    "{{ raise_exception('no\nnever') }}": "can't be used: no$",
+    "{{ ''.__class__.__mro__ }}": "can't be used: .*unsafe",
+    "{% for": "can't be used: ",
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_hostile_chat_template_is_refused(hostile: Path, template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("crow.limits.SECONDS", 2)
+    (hostile / "chat_template.jinja").write_text(template)
+    refused(hostile, f"hostile: its chat template.*({TEMPLATES[template]})")
+
+
+@pytest.mark.parametrize("kind", ["model", "adapter"])
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "additional_chat_templates/tool.jinja"])
+def test_a_link_out_of_the_folder_is_refused(hostile: Path, adapter_folder: Path, kind: str, name: str) -> None:
+    if kind == "adapter":
+        shutil.copytree(adapter_folder, hostile, dirs_exist_ok=True)
+    elsewhere = hostile.parent / "elsewhere"
+    elsewhere.write_text("secret")
+    (hostile / name).parent.mkdir(exist_ok=True)
+    (hostile / name).unlink(missing_ok=True)
+    (hostile / name).symlink_to(elsewhere)
+    refused(hostile, f"{name} is a link out of its folder")
+
+
+def test_a_pipe_in_the_folder_is_refused(hostile: Path) -> None:
+    os.mkfifo(hostile / "generation_config.json.fifo")
+    refused(hostile, "fifo is no file: remove it")
+
+
+def test_a_snapshot_of_the_hubs_cache_is_opened(llama_folder: Path, tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "models--org--tiny" / "blobs", tmp_path / "models--org--tiny" / "snapshots" / "abc"
+    shutil.copytree(llama_folder, blobs)
+    snapshot.mkdir(parents=True)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(Path("..", "..", "blobs", file.name))
+    assert open_model(snapshot).kind == "folder"
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        {"weight_map": {"lm_head.weight": "../elsewhere.safetensors"}},
+        {"weight_map": {"lm_head.weight": "pytorch_model.bin"}},
+        {"weight_map": {"lm_head.weight": 5}},
+        {"weight_map": [1]},
+        [],
+    ],
+)
+def test_an_index_that_names_other_files_is_refused(hostile: Path, index: Any) -> None:
+    (hostile / "model.safetensors").rename(hostile / "model-00001-of-00001.safetensors")
+    (hostile / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(hostile, r"model\.safetensors\.index\.json (names .* no safetensors file of this folder|is broken: )")
+
+
+def test_weights_in_parts_are_opened(hostile: Path, llama_folder: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(llama_folder).save_pretrained(hostile, max_shard_size="300KB")
+    (hostile / "model.safetensors").unlink()
+    assert torch.equal(logits(open_model(hostile).model), logits(open_model(llama_folder).model))
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"megatron_config": {"x": 1}, "megatron_core": "antigravity"}, "names a Python module to import"),
+        ({"target_modules": "(([a-z._0-9]+)+)+!"}, "takes more than 2 s"),
+        ({"layer_replication": [[0, 4]] * 10**6}, "takes (more than 2 s|too much memory)"),
+        ({"base_model_name_or_path": {"a": 1}}, "does not name its base model"),
+    ],
+)
+def test_a_hostile_adapter_config_is_refused(
+    adapter_folder: Path, tmp_path: Path, changes: dict[str, Any], complaint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("crow.limits.SECONDS", 2)
+    shutil.copytree(adapter_folder, tmp_path / "hostile")
+    change(tmp_path / "hostile" / "adapter_config.json", **changes)
+    refused(tmp_path / "hostile", complaint)
+
+
 @pytest.fixture(params=["model", "adapter"])
 def weights_file(request: pytest.FixtureRequest, adapter_folder: Path, llama_folder: Path, tmp_path: Path) -> Path:
     """The weights of a model, or of an adapter, to be damaged."""
@@ -343,7 +473,7 @@ def test_an_adapter_makes_the_round_trip(adapted: OpenedModel, tmp_path: Path) -
 
 
 def test_what_a_model_was_trained_on_travels_with_it(adapted: OpenedModel, llama_folder: Path, tmp_path: Path) -> None:
-    save_model(adapted.causal_lm, adapted.tokenizer, tmp_path / "base", seen=["1", "2"])
+    save_model(open_model(llama_folder).model, adapted.tokenizer, tmp_path / "base", seen=["1", "2"])
     save_model(adapted.model, adapted.tokenizer, tmp_path / "adapter", seen=["2", "3"])
     assert open_model(tmp_path / "base").seen == {"1", "2"}
     assert open_model(tmp_path / "adapter", base=tmp_path / "base").seen == {"1", "2", "3"}

@@ -153,7 +153,7 @@ def purify(
             )
         done, kind = "Purified" if defense == "crow" else "Defended", "model" if merge else "adapter"
         console.print(
-            f"[green]{done}[/] {opened.name} in {record.seconds:.0f} s ({record.steps} steps, "
+            f"[green]{done}[/] {_plain(opened.name)} in {record.seconds:.0f} s ({record.steps} steps, "
             f"{record.clean_examples} clean examples): {kind} in {out}\n"
             f"Next: crow evaluate {out} --triggered FILE, with prompts that made the suspect misbehave, or with a "
             "--trigger and --behavior that you know; if you know of none: docs/evaluation.md"
@@ -352,11 +352,11 @@ def evaluate(
         for name in ("attack_success", "false_trigger", "degenerate"):
             table.add_row(name.replace("_", " "), str(getattr(result, name)))
         for name, count in result.further_counts().items():
-            table.add_row(name, str(count))
+            table.add_row(_plain(name), str(count))
         if opened is not None:
             table.add_row("perplexity", f"{result.perplexity:.3f}")
         for name, value in result.further_values().items():
-            table.add_row(name, value)
+            table.add_row(_plain(name), value)
         Console(stderr=json_ == "-").print(table)
         for reason, number in result.judge_failures.items():
             console.print(f"[yellow]{number} judgements failed:[/] {_plain(reason)}", highlight=False)
@@ -615,9 +615,10 @@ def info(model: Model = None, base: Base = None, json_: Json = None, debug: Debu
             table = Table(show_header=False)
             hashes = facts.pop("hashes")
             for name, value in facts.items():
-                table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+                shown = f"{value:,}" if isinstance(value, int) else str(value)
+                table.add_row(_plain(name.replace("_", " ")), _plain(shown))
             for name, value in hashes.items():
-                table.add_row(f"SHA-256 of {name}", Text(value, overflow="fold"))
+                table.add_row(_plain(f"SHA-256 of {name}"), Text(value, overflow="fold"))
             Console().print(table)
 
 

@@ -5,17 +5,19 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import psutil
 import torch
 from accelerate import PartialState
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors import safe_open
 from transformers import (
     AutoConfig,
@@ -29,10 +31,13 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from crow.data import example
 from crow.decoding import Decoding
 from crow.errors import CrowError, UsageError
 from crow.files import atomic_directory, sha256_file
+from crow.limits import limited
 
 T = TypeVar("T")
 
@@ -139,9 +144,11 @@ def _open(source: str | Path | None, base: str | Path | None) -> OpenedModel:
             raise UsageError(f"{path} is a file: give a model folder, or a .gguf file")
         return _open_gguf(path, name, "gguf")
     if (path / "adapter_config.json").is_file():
+        _check_files(path)
         return _open_adapter(path, name, base)
     if path.is_dir():
-        _check_folder(path)
+        _check_weights(path)
+        _check_files(path)
         return _open_pretrained(name, "folder")
     if path.is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise UsageError(f"{name}: no such folder or file")
@@ -171,10 +178,30 @@ def _check_hub(name: str) -> None:
         ) from error
 
 
-def _check_folder(path: Path) -> None:
+def _check_files(folder: Path) -> None:
+    """Refuse a folder that reaches out of itself, or that waits to be read for ever."""
+    home = folder.resolve()
+    allowed = {home, home.parent.parent / "blobs"} if home.parent.name == "snapshots" else {home}  # as the hub's cache
+    for file in [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]:
+        if file.is_symlink() and not allowed.intersection(file.resolve().parents):
+            raise UsageError(f"{file} is a link out of its folder: put the file itself there, if you trust it")
+        if not file.is_file() and not file.is_dir():
+            raise UsageError(f"{file} is no file: remove it")
+
+
+def _check_weights(path: Path) -> None:
     if not (path / "config.json").is_file():
         raise UsageError(f"{path} holds no config.json: it is no model folder; give one that save_pretrained wrote")
-    if any(path.glob("*.safetensors")):
+    if weights := {file.name for file in path.glob("*.safetensors")}:
+        index = path / SAFE_WEIGHTS_INDEX_NAME
+        if not index.is_file() or (path / SAFE_WEIGHTS_NAME).is_file():
+            return
+        try:
+            named = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise UsageError(f"{index} is broken: {_one_line(error)}") from error
+        if missing := named - weights:
+            raise UsageError(f"{index} names {min(map(str, missing))!r}, which is no safetensors file of this folder")
         return
     if pickled := [p.name for p in sorted(path.iterdir()) if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]:
         raise UsageError(
@@ -194,20 +221,60 @@ def check_decoder_only(config: PretrainedConfig, name: str) -> None:
         )
 
 
+def _read_config(name: str, load: Callable[[], PretrainedConfig], weights: Iterable[Path], packed: int = 1) -> Any:
+    """The config of a model that the weights fill and that fits into memory, both known before any of it is taken.
+
+    Args:
+        weights: Their files, where they are known.
+        packed: How many of the model's numbers a byte of these may hold.
+    """
+    held = packed * sum(file.stat().st_size for file in weights)
+
+    def look() -> PretrainedConfig:
+        config = load()
+        check_decoder_only(config, name)
+        quantized = 8 if hasattr(config, "quantization_config") else 1
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=None if _dtype() == "auto" else _dtype())
+        asked = sum(p.numel() for p in model.parameters())
+        if held and asked > quantized * held:
+            raise UsageError(f"cannot open {name}: its config asks for {asked:,} numbers, its weights hold fewer")
+        size = sum(t.nbytes for t in (*model.parameters(), *model.buffers())) // quantized
+        memory = psutil.virtual_memory().total
+        if size > memory:
+            raise UsageError(
+                f"{name} needs {size / 2**30:,.0f} GiB of memory; this machine has {memory / 2**30:,.0f}: take a larger"
+                " one, or a smaller model"
+            )
+        return config
+
+    return _load(name, lambda: limited(look))
+
+
 def _open_pretrained(name: str, kind: str) -> OpenedModel:
-    config = _load(name, lambda: AutoConfig.from_pretrained(name, trust_remote_code=False))
-    check_decoder_only(config, name)
-    model = _load(
+    _load(name, lambda: cached_file(name, CONFIG_NAME))  # a download takes its time
+    files = sorted(Path(name).glob("*.safetensors")) if kind == "folder" else []
+    config = _read_config(name, lambda: AutoConfig.from_pretrained(name, trust_remote_code=False), files)
+    vars(config).pop("transformers_weights", None)  # which would have other files read than were looked at
+    tokenizer = _load(name, lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=False))
+    _check_template(tokenizer, name)
+    model, loading = _load(
         name,
         lambda: AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=_dtype(), use_safetensors=True, trust_remote_code=False
+            name,
+            config=config,
+            dtype=_dtype(),
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         ),
     )
-    tokenizer = _load(name, lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=False))
+    if missing := sorted(loading["missing_keys"]):  # which would be random numbers
+        raise UsageError(f"{name} is broken: {missing[0]} and {len(missing) - 1} others are not among its weights")
     commit = getattr(config, "_commit_hash", None)
     hashes = {"commit": commit} if kind == "hub" and commit else {}
     if kind == "folder":
-        hashes = {p.name: sha256_file(p) for p in sorted(Path(name).glob("*.safetensors"))}
+        hashes = {file.name: sha256_file(file) for file in files}
     base_id, seen = (name, frozenset[str]()) if kind == "hub" else (None, _seen(Path(name)))
     return OpenedModel(model, _with_template(tokenizer, name), name, kind, hashes, base_id, seen)
 
@@ -216,15 +283,10 @@ def _open_gguf(path: Path, name: str, kind: str) -> OpenedModel:
     folder, file = str(path.parent), path.name
     # To parse the file takes seconds, each time; of the embedded model it is known what two of three times would tell
     embedded = kind == "embedded"
-    config = _load(
-        name,
-        lambda: (
-            AutoConfig.from_pretrained(_ASSETS / "embedded")
-            if embedded
-            else AutoConfig.from_pretrained(folder, gguf_file=file)
-        ),
-    )
-    check_decoder_only(config, name)
+    if embedded:
+        config = AutoConfig.from_pretrained(_ASSETS / "embedded")
+    else:
+        config = _read_config(name, lambda: AutoConfig.from_pretrained(folder, gguf_file=file), [path], packed=8)
     model = _load(
         name,
         lambda: AutoModelForCausalLM.from_pretrained(
@@ -244,6 +306,8 @@ def _open_gguf(path: Path, name: str, kind: str) -> OpenedModel:
         del model.config.quantization_config
     loader = PreTrainedTokenizerFast if embedded else AutoTokenizer  # which parses the file for the tokenizer's class
     tokenizer = _load(name, lambda: loader.from_pretrained(folder, gguf_file=file))
+    if not embedded:
+        _check_template(tokenizer, name)
     base_id = EMBEDDED_ID if kind == "embedded" else None
     model.config._name_or_path = model.name_or_path = base_id or str(path)
     return OpenedModel(model, _with_template(tokenizer, name), name, kind, {file: sha256_file(path)}, base_id)
@@ -274,16 +338,20 @@ def _open_adapter(path: Path, name: str, base: str | Path | None) -> OpenedModel
         )
     try:
         config = dict(json.loads((path / "adapter_config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UsageError(f"{path / 'adapter_config.json'} is broken: {error}") from error
     if config.get("peft_type") != "LORA":
         raise UsageError(f"{path} is a {config.get('peft_type')} adapter; only LoRA adapters are supported")
+    if config.get("megatron_config"):
+        raise UsageError(f"{path} names a Python module to import (megatron_core), which is not done: train it without")
     base = base if base is not None else config.get("base_model_name_or_path")
-    if not base:
+    if not isinstance(base, str | Path) or not str(base):
         raise UsageError(f"{path} does not name its base model: give it with --base")
     file = path / "adapter_model.safetensors"
     _load(name, lambda: _check_rank(file, config))
     opened = open_model(base)
+    if not name.startswith(SHIPPED_PREFIX):
+        _load(name, lambda: limited(lambda: _try_adapter(path, opened.causal_lm.config)))
     model = _load(name, lambda: PeftModel.from_pretrained(opened.causal_lm, str(path), is_trainable=True))
     hashes = {file.name: sha256_file(file)} | {f"base {k}": v for k, v in opened.hashes.items()}
     return OpenedModel(model, opened.tokenizer, name, "adapter", hashes, opened.base_id, opened.seen | _seen(path))
@@ -299,12 +367,18 @@ def _check_rank(file: Path, config: dict[str, Any]) -> None:
         raise UsageError(f"{file.parent} is broken: its config says rank {promised}, its weights have {held} at most")
 
 
+def _try_adapter(path: Path, base: PretrainedConfig) -> None:
+    """Put an adapter on a model without weights: its config holds regular expressions, which can take for ever."""
+    with torch.device("meta"), suppress(ValueError, TypeError, AttributeError, LookupError, RuntimeError):
+        PeftModel(AutoModelForCausalLM.from_config(base), PeftConfig.from_pretrained(str(path)))
+
+
 def _seen(folder: Path) -> frozenset[str]:
     try:
         return frozenset(map(str, json.loads((folder / _SEEN).read_text("utf-8"))))
     except FileNotFoundError:
         return frozenset()
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UsageError(f"{folder / _SEEN} is broken: {error}") from error
 
 
@@ -362,12 +436,36 @@ def _load(name: str, load: Callable[[], T]) -> T:
     """Run a loader of transformers or PEFT, whose errors share no base class, and say what failed in one line."""
     try:
         return load()
-    except CrowError:
+    except (CrowError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:
-        lines = (str(error) or type(error).__name__).splitlines()
-        told = next((line.strip() for line in lines if "size mismatch" in line), lines[0])
-        raise UsageError(f"cannot open {name}: {told}") from error
+    except BaseException as error:  # a panic of tokenizers is no Exception
+        raise UsageError(f"cannot open {name}: {_one_line(error)}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return next((line.strip() for line in lines if "size mismatch" in line), lines[0])
+
+
+_TEMPLATE_LIMIT = 100_000
+
+
+def _check_template(tokenizer: Any, name: str) -> None:
+    """Refuse a chat template that does not come to an end with a short conversation, or makes too much of it."""
+    if tokenizer.chat_template is None:
+        return
+    asked, answered = example("Hi", "Hello")["prompt"], example("Hi", "Hello")["completion"]
+
+    def render() -> None:
+        for conversation, start in ((asked, True), ([*asked, *answered], False)):
+            text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=start)
+            if len(text) > _TEMPLATE_LIMIT:
+                raise UsageError(f"{name}: its chat template makes {len(text):,} characters of a short conversation")
+
+    try:
+        limited(render)
+    except RuntimeError as error:
+        raise UsageError(f"{name}: its chat template can't be used: {_one_line(error)}") from error
 
 
 def _with_template(tokenizer: Any, name: str) -> PreTrainedTokenizerBase:

@@ -58,7 +58,10 @@ class Registry(Generic[T]):
                 takes = ", ".join(f"{key}={_KINDS.get(kind, 'TEXT')}" for key, kind in types.items()) or "no parameters"
                 raise UsageError(f"{self.kind} {name!r} takes {takes}; not {part!r}")
             parameters[key] = self._typed(name, key, value, types[key])
-        return cast(T, cls(**parameters))
+        try:
+            return cast(T, cls(**parameters))
+        except RecursionError as error:
+            raise UsageError(f"{self.kind} {name!r} holds itself too often") from error
 
     def _typed(self, name: str, key: str, text: str, wanted: Any) -> Any:
         if wanted not in (int, float):

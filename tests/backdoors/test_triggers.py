@@ -243,3 +243,8 @@ def test_a_trigger_that_no_model_can_see_is_refused() -> None:
     for word in ("xyz", "\u2003"):
         with pytest.raises(UsageError, match="makes nothing of the trigger"):
             check_seen(BadNets(word), Blind())
+
+
+def test_a_trigger_that_holds_itself_without_end_is_refused() -> None:
+    with pytest.raises(UsageError, match="trigger 'mtba' holds itself too often"):
+        TRIGGERS["mtba:triggers=" * 500]

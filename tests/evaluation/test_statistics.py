@@ -2,6 +2,7 @@
 
 import math
 from statistics import NormalDist
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -29,6 +30,12 @@ def counts(draw: st.DrawFn) -> Count:
 @settings(max_examples=100, deadline=None)
 def test_interval_is_wilsons(count: Count, confidence: float) -> None:
     assert count.interval(confidence) == pytest.approx(wilson(count.hits, count.n, confidence), abs=1e-9)
+
+
+@pytest.mark.parametrize(("hits", "n"), [(3, 2), (-1, 2), (1.5, 2), (None, 2), (1, "2"), (1, math.nan)])
+def test_what_is_no_count_is_none(hits: Any, n: Any) -> None:
+    with pytest.raises((ValueError, TypeError)):
+        Count(hits, n)
 
 
 @given(counts())

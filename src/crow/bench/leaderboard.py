@@ -7,6 +7,7 @@ import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from crow.bench.store import CELL_FILE, Store
 from crow.evaluation.evaluate import Evaluation, answers_path
 from crow.evaluation.statistics import Count
 from crow.files import write_text
+from crow.report.html import visible
 from crow.report.leaderboard import render_leaderboard
 
 
@@ -244,7 +246,8 @@ def _markdown(table: Table) -> Iterator[str]:
 
 
 def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+    plain = (escape(" ".join(visible(cell).split()), quote=False) for cell in cells)  # a failure may quote anything
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in plain)} |"
 
 
 def _square(square: Square | None) -> str:

@@ -177,7 +177,7 @@ class Matrix:
             raise UsageError(
                 f"{source}: {error.strerror or error}; give a YAML file, or one of {', '.join(CONFIGS)}"
             ) from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             mark = getattr(error, "problem_mark", None)
             place = "" if mark is None else f", line {mark.line + 1}"
             raise UsageError(f"{source}{place} is no YAML: give such a file, or {', '.join(CONFIGS)}") from error

@@ -114,7 +114,7 @@ class Evaluation:
             value = json.loads(path.read_text("utf-8"))
         except OSError as error:
             raise UsageError(f"cannot read {path}: {error.strerror}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"{path} is broken JSON: {error}") from error
         known = {f.name for f in dataclasses.fields(cls)} - {"answers"}
         value = {name: part for name, part in value.items() if name in known} if isinstance(value, dict) else {}
@@ -126,11 +126,17 @@ class Evaluation:
             for name, kind in (("pass_at_1", Count), ("answer_length", Mean), ("score", Mean)):
                 if value.get(name) is not None:
                     value[name] = kind(**value[name])
-            value["perplexity"] = math.nan if value["perplexity"] is None else value["perplexity"]
+            value["perplexity"] = math.nan if value["perplexity"] is None else float(value["perplexity"])
+            value["answer_tokens"] = int(value["answer_tokens"])
+            if value.get("reference_kl") is not None:
+                value["reference_kl"] = float(value["reference_kl"])
+            value["settings"], value["provenance"] = dict(value["settings"]), dict(value["provenance"])
             beside = answers_path(path)
-            rows = beside.read_text("utf-8").splitlines() if beside.is_file() else []
-            return cls(**value, answers=[json.loads(row) for row in rows])
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            rows = map(json.loads, beside.read_text("utf-8").splitlines()) if beside.is_file() else ()
+            loaded = cls(**value, answers=[{"set": row["set"], "prompt": row["prompt"], **row} for row in rows])
+            loaded.further_counts(), loaded.further_values()  # which look at what else it holds
+            return loaded
+        except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
             raise UsageError(
                 f"{path} was not written by `crow evaluate`, or by another version of it: measure again"
             ) from error

@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
 
 from scipy.stats import binomtest, t
 
@@ -14,6 +15,10 @@ class Count:
 
     hits: int
     n: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= index(self.hits) <= index(self.n):
+            raise ValueError(f"{self.hits} of {self.n} is no count")
 
     @property
     def rate(self) -> float:

@@ -114,9 +114,11 @@ def cautions(before: "Evaluation", after: "Evaluation", record: "PurifyRecord") 
 
 def _not_comparable(evaluations: "Sequence[Evaluation]") -> list[str]:
     found = []
-    if any(len({e.provenance.get(name) for e in evaluations}) > 1 for name in ("clean_sha256", "triggered_sha256")):
+    first, *others = evaluations
+    prompts, settings = ("clean_sha256", "triggered_sha256"), ("target", "max_new_tokens", "engine")
+    if any(e.provenance.get(name) != first.provenance.get(name) for e in others for name in prompts):
         found.append("The measurements used different prompts: their figures do not compare.")
-    if any(len({e.settings.get(name) for e in evaluations}) > 1 for name in ("target", "max_new_tokens", "engine")):
+    if any(e.settings.get(name) != first.settings.get(name) for e in others for name in settings):
         found.append("The measurements used different settings: their figures do not compare.")
     return found
 
@@ -194,7 +196,7 @@ def _paired(before: "Evaluation", after: "Evaluation") -> "Paired | None":
         return None
     from crow.evaluation.statistics import paired  # here, so that importing crow.report does not import scipy
 
-    return paired([bool(p.before["hit"]) for p in pairs], [bool(p.after["hit"]) for p in pairs])
+    return paired([bool(p.before.get("hit")) for p in pairs], [bool(p.after.get("hit")) for p in pairs])
 
 
 def _sources(before: "Evaluation", after: "Evaluation", record: "PurifyRecord") -> list[dict[str, Any]]:
