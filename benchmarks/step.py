@@ -18,6 +18,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,12 +30,15 @@ BATCHES, ROUNDS, MEMORY_STEPS = 2, 2, 2
 
 
 class Stepper:
-    """One form's trainer, ready to take single steps of the model in a folder."""
+    """One form's trainer, ready to take single steps of the model in a folder.
 
-    def __init__(self, form: str, folder: str) -> None:
+    With a `max_length` rows are as long as that: their answers, which cost more than prompts do, are repeated up to it.
+    """
+
+    def __init__(self, form: str, folder: str, **settings: Any) -> None:
         from public_formulation import PublicFormulation
 
-        from crow.data import load_examples, to_dataset
+        from crow.data import answer_text, example, load_examples, to_dataset, user_text
         from crow.models import lora_config, open_model
         from crow.trainer import PRESETS, CrowConfig, CrowTrainer
 
@@ -44,9 +49,11 @@ class Stepper:
             save_strategy="no",
             disable_tqdm=True,
             seed=0,
-            **PRESETS["paper" if form == PUBLIC else form],
+            **PRESETS["paper" if form == PUBLIC else form] | settings,
         )
         rows = load_examples("clean")[: BATCHES * config.per_device_train_batch_size]
+        if "max_length" in settings:
+            rows = [example(user_text(row), answer_text(row) * settings["max_length"]) for row in rows]
         self.trainer = (PublicFormulation if form == PUBLIC else CrowTrainer)(
             opened.model,
             config,
@@ -68,30 +75,37 @@ class Stepper:
         return seconds
 
 
-def peak_memory(form: str, folder: str) -> float:
-    """Peak of resident memory in MiB after all that comes before training and a few steps, in a process of its own."""
-    command = [sys.executable, __file__, "--worker", form, folder]
+def peak_memory(form: str, folder: str, **settings: Any) -> int:
+    """Peak of resident memory in bytes, of what comes before training and a few steps, in a process of its own."""
+    command = [sys.executable, __file__, "--worker", form, folder, json.dumps(settings)]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}  # fixed; glibc's own grows with what is freed
     finished = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    return float(finished.stdout.split()[-1])
+    return int(finished.stdout.split()[-1])
 
 
-def worker(form: str, folder: str) -> None:
-    stepper = Stepper(form, folder)
+def worker(form: str, folder: str, settings: str) -> None:
+    stepper = Stepper(form, folder, **json.loads(settings))
     for i in range(MEMORY_STEPS):
         stepper.step(i % BATCHES)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+@contextmanager
+def embedded_folder() -> Iterator[str]:
+    """The embedded model as a folder, which is opened faster than its GGUF file."""
+    from crow.models import open_model, save_model
+
+    with TemporaryDirectory() as scratch:
+        opened = open_model()
+        save_model(opened.model, opened.tokenizer, f"{scratch}/model")
+        del opened
+        yield f"{scratch}/model"
 
 
 def measure() -> dict[str, Any]:
-    from crow.models import open_model, save_model
     from crow.provenance import environment
 
-    with TemporaryDirectory() as scratch:
-        folder = f"{scratch}/model"  # opened faster than the embedded GGUF file
-        opened = open_model()
-        save_model(opened.model, opened.tokenizer, folder)
-        del opened
+    with embedded_folder() as folder:
         memory = {form: peak_memory(form, folder) for form in FORMS}
         steppers = {form: Stepper(form, folder) for form in (*FORMS, PUBLIC)}
     times: dict[str, list[float]] = {form: [] for form in steppers}
@@ -110,7 +124,7 @@ def measure() -> dict[str, Any]:
         "public_formulation": ratio(PUBLIC, "paper"),
         "memory_ratio": {form: memory[form] / memory["finetune"] for form in extra},
         "seconds_per_step": {form: statistics.median(times[form]) for form in times},
-        "peak_memory_mib": memory,
+        "peak_memory_mib": {form: peak / 2**20 for form, peak in memory.items()},
         "repetitions": ROUNDS * BATCHES,
         "batch_shapes": [list(batch["input_ids"].shape) for batch in steppers["finetune"].batches],
         "provenance": environment(),
@@ -120,7 +134,7 @@ def measure() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--worker", nargs=2, metavar=("FORM", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=3, metavar=("FORM", "FOLDER", "SETTINGS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         worker(*args.worker)
