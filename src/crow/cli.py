@@ -592,21 +592,66 @@ def demo(
         console.print(f"Wrote {out}: open {out / 'report.html'}; the purified model is in {out / 'model'}")
 
 
-@app.command(epilog="Example: crow info ./suspect-adapter")
-def info(model: Model = None, base: Base = None, json_: Json = None, debug: Debug = False) -> None:
-    """Say what a model is, and what would be trained."""
+@app.command(epilog="Example: crow info ./suspect-adapter, or crow info org/model --plan --batch-size 4 --tokens 512")
+def info(
+    model: Model = None,
+    base: Base = None,
+    plan: Annotated[
+        bool,
+        typer.Option("--plan", help="Estimate memory and time of crow purify. Of a hub model only the config is got."),
+    ] = False,
+    preset: Annotated[str | None, typer.Option(help="With --plan: form of the training, as of purify.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="With --plan: examples a step.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=2, help="With --plan: length of an example, half of it answer. Default: 256.")
+    ] = None,
+    examples: Annotated[int | None, typer.Option(min=1, help="With --plan: number of examples. Default: 100.")] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="With --plan: time is traded for memory.")
+    ] = False,
+    tflops: Annotated[
+        float | None, typer.Option(help="With --plan: speed in 10^12 operations a second. Default: measured here.")
+    ] = None,
+    json_: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Say what a model is, and what would be trained; with --plan, what it would take, before weights are there."""
     with _running(debug):
-        from crow.models import describe, open_model
+        settings = _given(
+            preset=preset,
+            per_device_train_batch_size=batch_size,
+            tokens=tokens,
+            examples=examples,
+            tflops=tflops,
+            gradient_checkpointing=gradient_checkpointing or None,
+        )
+        if plan:
+            from crow.planning import plan as estimate
 
-        with console.status("Opening the model"):
-            facts = describe(open_model(model, base=base))
+            with console.status("Going through a step without its weights"):
+                facts = estimate(model, base=base, **settings).as_json()
+        elif settings:
+            raise UsageError("only a plan has a batch size, tokens, a preset or a speed: add --plan, or leave them out")
+        else:
+            from crow.models import describe, open_model
+
+            with console.status("Opening the model"):
+                facts = describe(open_model(model, base=base))
         if json_ is not None:
             _emit(json_, facts)
         else:
             table = Table(show_header=False)
-            for name, value in (facts | {f"SHA-256 of {n}": h for n, h in facts.pop("hashes").items()}).items():
-                table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+            for name, value in (facts | {f"SHA-256 of {n}": h for n, h in facts.pop("hashes", {}).items()}).items():
+                table.add_row(*_readable(name, value))
             Console().print(table)
+
+
+def _readable(name: str, value: Any) -> tuple[str, str]:
+    if name.endswith("_bytes"):
+        return f"{name.removesuffix('_bytes')} memory", f"{value / 2**20:,.0f} MiB"
+    if isinstance(value, float):
+        return name.replace("_", " "), f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _say_if_failed(cell: Any, reason: str | None) -> None:

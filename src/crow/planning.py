@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.benchmark import Timer
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
@@ -111,19 +111,15 @@ def plan(
         model.tie_weights()
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        whole, counter = _Peak(), FlopCounterMode(display=False)
-        with counter, whole:
-            _step(model, config, tokens, answer)
-        bare = _Peak()
-        with bare:
-            _step(model, config, tokens, answer, scored=False)
+        with _Accounts() as accounts:
+            _step(model, config, tokens, answer, accounts)
     targets = examples * answer * config.target_top_k * 12 if config.objective == "suspect" else 0
     training_bytes = sum(p.nbytes for p in trained) * (2 + _ADAM_MOMENTS)
     width = model_config.get_text_config().hidden_size
     tflops = _speed(config.per_device_train_batch_size * tokens, width, dtype) if tflops is None else tflops
     steps = math.ceil(examples / config.per_device_train_batch_size / config.gradient_accumulation_steps)
     steps = math.ceil(steps * config.num_train_epochs) if config.max_steps < 0 else config.max_steps
-    flops = counter.get_total_flops() * config.gradient_accumulation_steps
+    flops = accounts.flops * config.gradient_accumulation_steps
     return Plan(
         parameters=parameters,
         trained_parameters=sum(p.numel() for p in trained),
@@ -131,9 +127,9 @@ def plan(
         weight_bytes=weight_bytes,
         training_bytes=training_bytes,
         target_bytes=targets,
-        activation_bytes=bare.bytes,
-        logit_bytes=whole.bytes - bare.bytes,
-        peak_bytes=weight_bytes + training_bytes + targets + whole.bytes,
+        activation_bytes=accounts.before_head,
+        logit_bytes=accounts.peak - accounts.before_head,
+        peak_bytes=weight_bytes + training_bytes + targets + accounts.peak,
         step_flops=flops,
         steps=steps,
         tflops=tflops,
@@ -142,46 +138,51 @@ def plan(
     )
 
 
-class _Peak(TorchDispatchMode):
-    """The most bytes that were held at once by tensors made while it is on."""
+class _Accounts(TorchDispatchMode):
+    """Counts operations, and the bytes held by tensors made while it is on."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.bytes = self._held = 0
+        self.flops = self.held = self.peak = self.before_head = 0
         self._seen = weakref.WeakSet[Any]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
+        if count := flop_registry.get(func.overloadpacket):
+            self.flops += count(*args, **(kwargs or {}), out_val=output)
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self._seen:
                 self._seen.add(storage)
-                self._held += storage.nbytes()
+                self.held += storage.nbytes()
                 weakref.finalize(storage, self._free, storage.nbytes())
-        self.bytes = max(self.bytes, self._held)
+        self.peak = max(self.peak, self.held)
         return output
 
     def _free(self, size: int) -> None:
-        self._held -= size
+        self.held -= size
 
 
-def _step(model: PeftModel, config: CrowConfig, tokens: int, answer: int, scored: bool = True) -> None:
-    """The passes of `CrowTrainer.compute_loss`, by their shapes; without the logits' share unless `scored`."""
+def _step(model: PeftModel, config: CrowConfig, tokens: int, answer: int, accounts: _Accounts) -> None:
+    """The passes of `CrowTrainer.compute_loss`, by their shapes."""
     inner: Any = model.get_base_model()
     text = inner.config.get_text_config()
     head, top = inner.get_output_embeddings(), min(config.target_top_k, text.vocab_size)
 
+    def note(module: Any, args: Any, output: Any) -> None:
+        accounts.before_head = max(accounts.before_head, accounts.held)
+
+    inner.base_model.register_forward_hook(note)
+
     def forward(rows: int, tokens: int, answer: int, ascends: bool = False) -> tuple[Tensor, Tensor]:
         embeddings = torch.zeros(rows, tokens, text.hidden_size, dtype=inner.dtype, requires_grad=ascends)
-        embeddings = embeddings.clone()  # no leaf, which the counter cannot stop at
         inputs = {"inputs_embeds": embeddings, "attention_mask": torch.ones(rows, tokens, dtype=torch.long)}
-        number = rows * answer if scored else 0
-        if config.objective == "lm" and number:
+        if config.objective == "lm" and answer:
             labels = torch.zeros(rows, tokens, dtype=torch.long)
             return model(**inputs, labels=labels, fused_lm_head=True).log_probs.sum(), embeddings
-        handle = head.register_forward_pre_hook(lambda module, args: (args[0].flatten(0, 1)[:number],))
+        handle = head.register_forward_pre_hook(lambda module, args: (args[0].flatten(0, 1)[: rows * answer],))
         logits = model(**inputs, use_cache=False).logits
         handle.remove()
-        targets = torch.zeros(number, top, dtype=torch.long), torch.zeros(number, top)
+        targets = torch.zeros(len(logits), top, dtype=torch.long), torch.zeros(len(logits), top)
         return kl_from_top(*targets, logits).sum(), embeddings
 
     def inconsistency(recording: Recording) -> Tensor:
