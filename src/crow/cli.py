@@ -81,6 +81,10 @@ def purify(
     ] = None,
     base: Base = None,
     merge: Annotated[bool, typer.Option("--merge", help="Write a whole model, not an adapter.")] = False,
+    load_in_4bit: Annotated[
+        bool,
+        typer.Option("--load-in-4bit", help="Train the adapter on a model that bitsandbytes holds in 4 bits (QLoRA)."),
+    ] = False,
     epochs: Annotated[float | None, typer.Option(help="Passes over the clean examples. Default: 3.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Initial learning rate.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Examples a step.")] = None,
@@ -101,7 +105,7 @@ def purify(
         from peft import PeftModel
 
         from crow.data import load_examples, sample
-        from crow.defenses import DEFENSES, AtDecoding
+        from crow.defenses import DEFENSES, AtDecoding, Trained
         from crow.models import open_model, save_model
         from crow.progress import TrainingProgress, progress_bar
         from crow.purification import purify as run
@@ -113,6 +117,13 @@ def purify(
             raise UsageError(
                 f"{defense!r} defends while the model answers and leaves its weights: crow evaluate --defense {defense}"
             )
+        if load_in_4bit and merge:
+            raise UsageError(
+                "--merge into 4 bits would round away what was learned: leave it out, and the whole model takes the "
+                "adapter; or leave --load-in-4bit out"
+            )
+        if load_in_4bit and not isinstance(defending, Trained):
+            raise UsageError(f"defense {defense!r} changes the weights themselves: leave --load-in-4bit out")
         if resume and not defending.trains:
             raise UsageError(f"defense {defense!r} does not train: there is nothing to --resume")
         training = _settings(set_, own={"num_train_epochs", *signature(run).parameters}) | _given(
@@ -128,7 +139,7 @@ def purify(
         defending.check_settings(training)
         rows = sample(load_examples(clean, split=split), examples, seed)
         with console.status("Opening the model"):
-            opened = open_model(model, base=base)
+            opened = open_model(model, base=base, load_in_4bit=load_in_4bit)
         if lora == "fresh" and opened.kind == "adapter" and not merge:
             raise UsageError(
                 "a fresh LoRA stands on the suspect with its adapter merged: add --merge to write both as one"

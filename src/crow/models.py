@@ -21,6 +21,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -81,13 +82,32 @@ class OpenedModel:
 
     @property
     def dtype(self) -> str:
-        """The weights' dtype, as in `bfloat16`."""
-        return str(self.causal_lm.dtype).removeprefix("torch.")
+        """The weights' dtype, as in `bfloat16`; of one in 4 bits, `nf4`."""
+        return "nf4" if in_4bit(self.model) else str(self.causal_lm.dtype).removeprefix("torch.")
 
 
 def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The model proper, without an adapter around it."""
     return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+
+
+def in_4bit(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether bitsandbytes holds the linear layers' weights in 4 bits."""
+    return bool(getattr(base_model(model), "is_loaded_in_4bit", False))
+
+
+def merged(model: PeftModel) -> PreTrainedModel:
+    """The model with its adapter's weights added to its own; the one that is passed is changed.
+
+    Raises:
+        UsageError: the model is in 4 bits, to which the sum would be rounded.
+    """
+    if in_4bit(model):
+        raise UsageError(
+            "the model is open in 4 bits, and what is merged into those is rounded away: write the adapter, which the "
+            "whole model takes too"
+        )
+    return cast(PreTrainedModel, cast(Any, model).merge_and_unload())
 
 
 def shipped_backdoors() -> dict[str, Path]:
@@ -96,13 +116,17 @@ def shipped_backdoors() -> dict[str, Path]:
     return {f"{SHIPPED_PREFIX}{path.name}": path for path in folders if path.is_dir()}
 
 
-def open_model(source: str | Path | None = None, *, base: str | Path | None = None) -> OpenedModel:
+def open_model(
+    source: str | Path | None = None, *, base: str | Path | None = None, load_in_4bit: bool = False
+) -> OpenedModel:
     """Open a model for causal language modeling.
 
     Args:
         source: A folder with a model or a LoRA adapter, a GGUF file, a hub id, `crow:NAME` for a backdoored adapter
             that ships with the project, or `None` for the embedded SmolLM2-135M-Instruct.
         base: The base model of an adapter, if not the one that its config names. Takes the same forms.
+        load_in_4bit: Hold the weights of its linear layers, but not those of an adapter, in 4 bits (NF4, as QLoRA does,
+            arXiv 2305.14314).
 
     Weights are read from safetensors or GGUF files only and no code that comes with a model is run. On a GPU they keep
     the checkpoint's dtype; on a CPU they become bfloat16 if it has instructions for that, else float32. An adapter
@@ -110,9 +134,9 @@ def open_model(source: str | Path | None = None, *, base: str | Path | None = No
 
     Raises:
         UsageError: there is no such model, it is not decoder-only, its weights are pickled or not finite, or an adapter
-            does not fit its base.
+            does not fit its base; or 4 bits can't be had.
     """
-    opened = _open(source, base)
+    opened = _open(source, base, load_in_4bit)
     for name, weight in opened.model.named_parameters():
         new = opened.kind != "adapter" or "lora_" in name  # an adapter's base was looked at when it was opened
         if new and not weight.is_meta and not torch.isfinite(weight).all():
@@ -122,15 +146,26 @@ def open_model(source: str | Path | None = None, *, base: str | Path | None = No
     return opened
 
 
-def _open(source: str | Path | None, base: str | Path | None) -> OpenedModel:
+def _open(source: str | Path | None, base: str | Path | None, load_in_4bit: bool) -> OpenedModel:
+    if load_in_4bit:
+        _check_bitsandbytes()
     kind, name, path = _locate(source, base)
     if kind in ("embedded", "gguf"):
+        if load_in_4bit:
+            raise UsageError(f"{name} is a GGUF file, which is opened whole: for 4 bits give a folder or a hub id")
         return _open_gguf(path, name, kind)
     if kind == "adapter":
-        return _open_adapter(path, name, base)
+        return _open_adapter(path, name, base, load_in_4bit)
     if kind == "folder":
         _check_folder(path)
-    return _open_pretrained(name, kind)
+    return _open_pretrained(name, kind, load_in_4bit)
+
+
+def _check_bitsandbytes() -> None:
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise UsageError("4 bits need bitsandbytes: pip install 'crow-llm[defenses]'") from error
 
 
 def open_config(source: str | Path | None = None, *, base: str | Path | None = None) -> tuple[Any, LoraConfig]:
@@ -234,14 +269,29 @@ def check_decoder_only(config: PretrainedConfig, name: str) -> None:
         )
 
 
-def _open_pretrained(name: str, kind: str) -> OpenedModel:
+def _open_pretrained(name: str, kind: str, load_in_4bit: bool) -> OpenedModel:
     config = _config(kind, name, Path(name))
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=weights_dtype(config),
+    )
     model = _load(
         name,
         lambda: AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=_dtype(), use_safetensors=True, trust_remote_code=False
+            name,
+            config=config,
+            dtype=_dtype(),
+            use_safetensors=True,
+            trust_remote_code=False,
+            **({"quantization_config": nf4} if load_in_4bit else {}),
         ),
     )
+    for layer in model.modules():
+        # On a CPU, an evaluation would repack the weights for a kernel that passes no gradient on, and leave them so
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
     tokenizer = _load(name, lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=False))
     commit = getattr(config, "_commit_hash", None)
     hashes = {"commit": commit} if kind == "hub" and commit else {}
@@ -296,7 +346,7 @@ def _installed_file() -> Path:
     return file
 
 
-def _open_adapter(path: Path, name: str, base: str | Path | None) -> OpenedModel:
+def _open_adapter(path: Path, name: str, base: str | Path | None, load_in_4bit: bool) -> OpenedModel:
     if not (path / "adapter_model.safetensors").is_file():
         raise UsageError(
             f"{path} is an adapter without adapter_model.safetensors; pickled adapters can run code when read: convert "
@@ -306,7 +356,7 @@ def _open_adapter(path: Path, name: str, base: str | Path | None) -> OpenedModel
     base = _base_of(path, config, base)
     file = path / "adapter_model.safetensors"
     _load(name, lambda: _check_rank(file, config))
-    opened = open_model(base)
+    opened = open_model(base, load_in_4bit=load_in_4bit)
     model = _load(name, lambda: PeftModel.from_pretrained(opened.causal_lm, str(path), is_trainable=True))
     hashes = {file.name: sha256_file(file)} | {f"base {k}": v for k, v in opened.hashes.items()}
     return OpenedModel(model, opened.tokenizer, name, "adapter", hashes, opened.base_id, opened.seen | _seen(path))
@@ -449,11 +499,11 @@ def save_model(
         seen: As in `OpenedModel`, so that the folder, opened again, is not measured on what it was trained on.
 
     Raises:
-        UsageError: `path` exists and `overwrite` is false.
+        UsageError: `path` exists and `overwrite` is false, or what is to be merged is in 4 bits.
         CrowError: the folder cannot be written.
     """
     if merge and isinstance(model, PeftModel):
-        model = cast(PreTrainedModel, cast(Any, model).merge_and_unload())
+        model = merged(model)
     with atomic_directory(path, overwrite) as folder:
         model.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
