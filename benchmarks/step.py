@@ -62,6 +62,8 @@ class Stepper:
             peft_config=lora_config(),
         )
         self.trainer.current_gradient_accumulation_steps = 1
+        if config.gradient_checkpointing:  # as `train` does before anything else
+            self.trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.trainer._study_suspect()
         self.batches = list(self.trainer.get_train_dataloader())
 
