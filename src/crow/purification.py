@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from crow.data import Example, load_examples, prompt_fingerprints, sample, to_dataset, to_learn_from
 from crow.errors import UsageError
 from crow.files import sha256_rows
-from crow.models import OpenedModel, lora_config, open_model
+from crow.models import OpenedModel, lora_config, merged, open_model
 from crow.provenance import environment
 from crow.trainer import PRESETS, CrowConfig, CrowTrainer, last_checkpoint
 
@@ -116,7 +116,7 @@ def purify(
         config = _config(folder, PRESETS[preset] | settings, keep=output_dir is not None)
         suspect = opened.model
         if isinstance(suspect, PeftModel) and lora == "fresh":
-            suspect = cast(PreTrainedModel, cast(Any, suspect).merge_and_unload())
+            suspect = merged(suspect)
             # What the new adapter's config names as its base must not be the model without the suspect's adapter
             suspect.name_or_path = f"{opened.name}, merged"
         if isinstance(suspect, PeftModel) and not any(p.requires_grad for p in suspect.parameters()):

@@ -6,5 +6,6 @@ A defense at decoding time gives back the suspect, with the decoding that defend
 from crow.defenses import auxiliary, decoding, prune, quantize, shrink, training  # noqa: F401, each files its own under their names
 from crow.defenses.base import DEFENSES, Defended, Defense
 from crow.defenses.decoding import AtDecoding
+from crow.defenses.training import Trained
 
-__all__ = ["DEFENSES", "AtDecoding", "Defended", "Defense"]
+__all__ = ["DEFENSES", "AtDecoding", "Defended", "Defense", "Trained"]

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, cast
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from crow import models
 from crow.data import Example, prompt_fingerprints
 from crow.errors import UsageError
 from crow.files import sha256_rows
@@ -113,4 +114,4 @@ def budget(training: Mapping[str, Any]) -> dict[str, Any]:
 def merged(opened: OpenedModel) -> PreTrainedModel:
     """The suspect as one model: what is done to weights is done to those that the adapter makes."""
     model = opened.model
-    return cast(PreTrainedModel, model.merge_and_unload()) if isinstance(model, PeftModel) else model
+    return models.merged(model) if isinstance(model, PeftModel) else model

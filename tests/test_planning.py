@@ -1,0 +1,100 @@
+"""The plan: exact where a config tells all, and moved as it should be by what costs."""
+
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import tiny_config, tiny_model
+from safetensors.torch import load_file
+
+from crow.errors import UsageError
+from crow.models import describe, open_config, open_model
+from crow.planning import Plan, plan
+
+pytestmark = pytest.mark.usefixtures("float32")
+
+
+def planned(folder: Path, **settings: Any) -> Plan:
+    return plan(
+        folder, **{"preset": "finetune", "tokens": 64, "per_device_train_batch_size": 4, "tflops": 1.0} | settings
+    )
+
+
+def test_parameters_are_those_of_the_opened_model(llama_folder: Path) -> None:
+    facts, told = describe(open_model(llama_folder)), planned(llama_folder)
+    assert (told.parameters, told.trained_parameters) == (facts["parameters"], facts["trained_parameters"])
+    assert told.weight_bytes == 4 * told.parameters
+    assert told.training_bytes == 4 * 4 * told.trained_parameters
+
+
+def test_a_config_is_enough(llama_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((llama_folder / "config.json").read_bytes())
+    assert planned(tmp_path) == planned(llama_folder)
+
+
+def test_an_adapter_is_trained_as_it_is(adapter_folder: Path, llama_folder: Path) -> None:
+    trained = sum(weight.numel() for weight in load_file(adapter_folder / "adapter_model.safetensors").values())
+    told = planned(adapter_folder)
+    assert told.trained_parameters == trained
+    assert told.parameters == planned(llama_folder).parameters
+
+
+def test_work_is_that_of_the_passes(llama_folder: Path) -> None:
+    body = sum(p.numel() for p in open_model(llama_folder).causal_lm.model.layers.parameters() if p.dim() == 2)
+    finetune, paper = (planned(llama_folder, preset=preset).step_flops for preset in ("finetune", "paper"))
+    assert finetune > 2 * 2 * body * 4 * 64
+    assert 5 / 2 * 0.8 < paper / finetune < 5 / 2 * 1.1  # the head is paid for but once
+    assert planned(llama_folder, tokens=128).step_flops >= 2 * finetune
+
+
+@pytest.mark.parametrize("preset", ["paper", "default"])
+def test_checkpointing_trades_time_for_memory(llama_folder: Path, preset: str) -> None:
+    kept, again = (planned(llama_folder, preset=preset, gradient_checkpointing=on) for on in (False, True))
+    assert again.activation_bytes < kept.activation_bytes
+    assert again.step_seconds > kept.step_seconds
+    assert again.weight_bytes == kept.weight_bytes
+
+
+def test_logits_are_paid_for_where_there_are_answers(llama_folder: Path) -> None:
+    short, long = (planned(llama_folder, preset="random-tokens", answer_tokens=number) for number in (8, 56))
+    assert short.logit_bytes < long.logit_bytes
+    assert (short.target_bytes, long.target_bytes) == (100 * 8 * 64 * 12, 100 * 56 * 64 * 12)
+
+
+def test_time_is_work_by_speed(llama_folder: Path) -> None:
+    told = planned(llama_folder, tflops=2.0, examples=10, num_train_epochs=2)
+    assert told.steps == 6
+    assert told.seconds == pytest.approx(6 * told.step_flops / 2e12)
+    assert 0 < plan(llama_folder, tokens=16, per_device_train_batch_size=1).tflops < 1e4
+
+
+def test_every_architecture(architecture: str, tmp_path: Path) -> None:
+    model = tiny_model(architecture, 600)
+    model.config.save_pretrained(tmp_path)
+    told = planned(tmp_path, preset="paper")
+    assert told.parameters == sum(p.numel() for p in model.parameters())
+    assert told.activation_bytes > told.logit_bytes / 10
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [({"preset": "none"}, "unknown preset"), ({"answer_tokens": 64}, "longer rows"), ({"beta": -1}, "beta is -1")],
+)
+def test_what_cannot_be_planned(llama_folder: Path, settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        planned(llama_folder, **settings)
+
+
+def test_the_embedded_model_needs_no_parsing() -> None:
+    config, _ = open_config()
+    assert config.hidden_size == 576
+
+
+def test_weights_of_many_gigabytes_take_no_memory(tmp_path: Path) -> None:
+    tiny_config("llama", 128_000, hidden_size=8192, intermediate_size=28_672, num_hidden_layers=2).save_pretrained(
+        tmp_path
+    )
+    before = psutil.Process().memory_info().rss
+    assert planned(tmp_path).weight_bytes > 8e9
+    assert psutil.Process().memory_info().rss - before < 1e9
