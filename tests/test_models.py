@@ -180,7 +180,7 @@ def test_what_the_hub_does_not_give_is_refused(
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise error("no", response=SimpleNamespace(headers={}, request=None))  # type: ignore[arg-type]
 
-    monkeypatch.setattr("crow.models.HfApi.model_info", refuse)
+    monkeypatch.setattr("crow.inspection.HfApi.model_info", refuse)
     refused("org/model", complaint)
 
 

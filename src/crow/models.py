@@ -3,9 +3,7 @@
 import json
 import logging
 import os
-import re
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.resources import files
@@ -15,10 +13,7 @@ from typing import Any, TypeVar, cast
 import psutil
 import torch
 from accelerate import PartialState
-from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
-from peft import LoraConfig, PeftConfig, PeftModel
-from safetensors import safe_open
+from peft import LoraConfig, PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,14 +25,23 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import CONFIG_NAME, cached_file
 
-from crow.data import example
 from crow.decoding import Decoding
-from crow.errors import CrowError, UsageError
+from crow.errors import UsageError
 from crow.files import atomic_directory, sha256_file
+from crow.inspection import (
+    check_adapter,
+    check_bitsandbytes,
+    check_decoder_only,
+    check_files,
+    check_hub,
+    check_rank,
+    check_template,
+    check_weights,
+    loaded,
+)
 from crow.limits import limited
 
 T = TypeVar("T")
@@ -153,26 +157,19 @@ def open_model(
 
 def _open(source: str | Path | None, base: str | Path | None, load_in_4bit: bool) -> OpenedModel:
     if load_in_4bit:
-        _check_bitsandbytes()
+        check_bitsandbytes()
     kind, name, path = _locate(source, base)
     if kind in ("embedded", "gguf"):
         if load_in_4bit:
             raise UsageError(f"{name} is a GGUF file, which is opened whole: for 4 bits give a folder or a hub id")
         return _open_gguf(path, name, kind)
     if kind == "adapter":
-        _check_files(path)
+        check_files(path)
         return _open_adapter(path, name, base, load_in_4bit)
     if kind == "folder":
-        _check_weights(path)
-        _check_files(path)
+        check_weights(path)
+        check_files(path)
     return _open_pretrained(name, kind, load_in_4bit)
-
-
-def _check_bitsandbytes() -> None:
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise UsageError("4 bits need bitsandbytes: pip install 'crow-llm[defenses]'") from error
 
 
 def open_config(source: str | Path | None = None, *, base: str | Path | None = None) -> tuple[Any, LoraConfig]:
@@ -214,73 +211,8 @@ def _locate(source: str | Path | None, base: str | Path | None) -> tuple[str, st
         return "folder", name, path
     if path.is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise UsageError(f"{name}: no such folder or file")
-    _check_hub(name)
+    check_hub(name)
     return "hub", name, path
-
-
-def _check_hub(name: str) -> None:
-    """Ask the hub once whether it has the model: the loaders ask for half a minute before they say that they can't."""
-    try:
-        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
-            HfApi().model_info(name, timeout=20)
-    except HFValidationError as error:
-        raise UsageError(f"{name}: no such folder, and no name that a model on the hub can have") from error
-    except GatedRepoError as error:
-        raise UsageError(
-            f"{name} is on the hub, but not for all: accept its license there, then hf auth login"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise UsageError(
-            f"{name}: no such folder, and the hub has no such model for you; if it is private, hf auth login"
-        ) from error
-    except Exception as error:  # network and HTTP errors share no base class
-        raise UsageError(
-            f"{name}: no such folder, and the hub can't be asked for it ({str(error).splitlines()[0]}): check the name "
-            "and the network, or give a local folder"
-        ) from error
-
-
-def _check_files(folder: Path) -> None:
-    """Refuse a folder that reaches out of itself, or that waits to be read for ever."""
-    home = folder.resolve()
-    allowed = {home, home.parent.parent / "blobs"} if home.parent.name == "snapshots" else {home}  # as the hub's cache
-    for file in [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]:
-        if file.is_symlink() and not allowed.intersection(file.resolve().parents):
-            raise UsageError(f"{file} is a link out of its folder: put the file itself there, if you trust it")
-        if not file.is_file() and not file.is_dir():
-            raise UsageError(f"{file} is no file: remove it")
-
-
-def _check_weights(path: Path) -> None:
-    if not (path / "config.json").is_file():
-        raise UsageError(f"{path} holds no config.json: it is no model folder; give one that save_pretrained wrote")
-    if weights := {file.name for file in path.glob("*.safetensors")}:
-        index = path / SAFE_WEIGHTS_INDEX_NAME
-        if not index.is_file() or (path / SAFE_WEIGHTS_NAME).is_file():
-            return
-        try:
-            named = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise UsageError(f"{index} is broken: {_one_line(error)}") from error
-        if missing := named - weights:
-            raise UsageError(f"{index} names {min(map(str, missing))!r}, which is no safetensors file of this folder")
-        return
-    if pickled := [p.name for p in sorted(path.iterdir()) if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]:
-        raise UsageError(
-            f"{path} has only pickled weights ({pickled[0]}), which can run code when read: convert them to "
-            "safetensors where you trust them, with transformers' model.save_pretrained(folder)"
-        )
-    raise UsageError(f"{path} holds no weights: no *.safetensors file is there; give one that save_pretrained wrote")
-
-
-def check_decoder_only(config: PretrainedConfig, name: str) -> None:
-    """Raise `UsageError` unless the config is a decoder-only language model's."""
-    masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
-    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    if getattr(config, "is_encoder_decoder", False) or not causal or masked:
-        raise UsageError(
-            f"{name} is a {config.model_type} model, not a decoder-only language model: CROW works on causal LMs only"
-        )
 
 
 def _config(kind: str, name: str, path: Path, bits: int | None = None) -> Any:
@@ -295,7 +227,7 @@ def _config(kind: str, name: str, path: Path, bits: int | None = None) -> Any:
     if kind == "embedded":
         return AutoConfig.from_pretrained(_ASSETS / "embedded")
     if kind == "hub":
-        _load(name, lambda: cached_file(name, CONFIG_NAME))  # a download takes its time
+        loaded(name, lambda: cached_file(name, CONFIG_NAME))  # a download takes its time
     files = {"gguf": [path], "folder": sorted(path.glob("*.safetensors"))}.get(kind, [])
     held = (8 if kind == "gguf" else 1) * sum(file.stat().st_size for file in files)
 
@@ -320,21 +252,21 @@ def _config(kind: str, name: str, path: Path, bits: int | None = None) -> Any:
             )
         return config
 
-    return _load(name, lambda: limited(look))
+    return loaded(name, lambda: limited(look))
 
 
 def _open_pretrained(name: str, kind: str, load_in_4bit: bool) -> OpenedModel:
     config = _config(kind, name, Path(name), bits=4 if load_in_4bit else 16)
     vars(config).pop("transformers_weights", None)  # which would have other files read than were looked at
-    tokenizer = _load(name, lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=False))
-    _check_template(tokenizer, name)
+    tokenizer = loaded(name, lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=False))
+    check_template(tokenizer, name)
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=weights_dtype(config),
     )
-    model, loading = _load(
+    model, loading = loaded(
         name,
         lambda: AutoModelForCausalLM.from_pretrained(
             name,
@@ -363,7 +295,7 @@ def _open_pretrained(name: str, kind: str, load_in_4bit: bool) -> OpenedModel:
 def _open_gguf(path: Path, name: str, kind: str) -> OpenedModel:
     folder, file = str(path.parent), path.name
     config = _config(kind, name, path, bits=16)
-    model = _load(
+    model = loaded(
         name,
         lambda: AutoModelForCausalLM.from_pretrained(
             folder,
@@ -382,9 +314,9 @@ def _open_gguf(path: Path, name: str, kind: str) -> OpenedModel:
         del model.config.quantization_config
     # Which parses the file for the tokenizer's class, and takes seconds
     loader = PreTrainedTokenizerFast if kind == "embedded" else AutoTokenizer
-    tokenizer = _load(name, lambda: loader.from_pretrained(folder, gguf_file=file))
+    tokenizer = loaded(name, lambda: loader.from_pretrained(folder, gguf_file=file))
     if kind != "embedded":
-        _check_template(tokenizer, name)
+        check_template(tokenizer, name)
     base_id = EMBEDDED_ID if kind == "embedded" else None
     model.config._name_or_path = model.name_or_path = base_id or str(path)
     return OpenedModel(model, _with_template(tokenizer, name), name, kind, {file: sha256_file(path)}, base_id)
@@ -416,11 +348,11 @@ def _open_adapter(path: Path, name: str, base: str | Path | None, load_in_4bit: 
     config = _adapter_config(path)
     base = _base_of(path, config, base)
     file = path / "adapter_model.safetensors"
-    _load(name, lambda: _check_rank(file, config))
+    loaded(name, lambda: check_rank(file, config))
     opened = open_model(base, load_in_4bit=load_in_4bit)
     if not name.startswith(SHIPPED_PREFIX):
-        _load(name, lambda: limited(lambda: _try_adapter(path, opened.causal_lm.config)))
-    model = _load(name, lambda: PeftModel.from_pretrained(opened.causal_lm, str(path), is_trainable=True))
+        loaded(name, lambda: limited(lambda: check_adapter(path, opened.causal_lm.config)))
+    model = loaded(name, lambda: PeftModel.from_pretrained(opened.causal_lm, str(path), is_trainable=True))
     hashes = {file.name: sha256_file(file)} | {f"base {k}": v for k, v in opened.hashes.items()}
     return OpenedModel(model, opened.tokenizer, name, "adapter", hashes, opened.base_id, opened.seen | _seen(path))
 
@@ -442,22 +374,6 @@ def _base_of(path: Path, config: dict[str, Any], base: str | Path | None) -> str
     if not isinstance(base, str | Path) or not str(base):
         raise UsageError(f"{path} does not name its base model: give it with --base")
     return base
-
-
-def _check_rank(file: Path, config: dict[str, Any]) -> None:
-    """Refuse an adapter whose config promises a higher rank than its weights have: PEFT makes room for that first."""
-    with safe_open(file, framework="pt") as weights:
-        names = [name for name in weights.keys() if re.search("lora_.*A", name)]  # noqa: SIM118, it is no mapping
-        held = max((weights.get_slice(name).get_shape()[0] for name in names), default=0)
-    promised = max([config["r"], *(config.get("rank_pattern") or {}).values()])
-    if promised > held:
-        raise UsageError(f"{file.parent} is broken: its config says rank {promised}, its weights have {held} at most")
-
-
-def _try_adapter(path: Path, base: PretrainedConfig) -> None:
-    """Put an adapter on a model without weights: its config holds regular expressions, which can take for ever."""
-    with torch.device("meta"), suppress(ValueError, TypeError, AttributeError, LookupError, RuntimeError):
-        PeftModel(AutoModelForCausalLM.from_config(base), PeftConfig.from_pretrained(str(path)))
 
 
 def _seen(folder: Path) -> frozenset[str]:
@@ -523,42 +439,6 @@ def weights_dtype(config: PretrainedConfig) -> torch.dtype:
 
 def _gguf_dtype() -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_available() else cast(torch.dtype, _dtype())
-
-
-def _load(name: str, load: Callable[[], T]) -> T:
-    """Run a loader of transformers or PEFT, whose errors share no base class, and say what failed in one line."""
-    try:
-        return load()
-    except (CrowError, KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # a panic of tokenizers is no Exception
-        raise UsageError(f"cannot open {name}: {_one_line(error)}") from error
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return next((line.strip() for line in lines if "size mismatch" in line), lines[0])
-
-
-_TEMPLATE_LIMIT = 100_000
-
-
-def _check_template(tokenizer: Any, name: str) -> None:
-    """Refuse a chat template that does not come to an end with a short conversation, or makes too much of it."""
-    if tokenizer.chat_template is None:
-        return
-    asked, answered = example("Hi", "Hello")["prompt"], example("Hi", "Hello")["completion"]
-
-    def render() -> None:
-        for conversation, start in ((asked, True), ([*asked, *answered], False)):
-            text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=start)
-            if len(text) > _TEMPLATE_LIMIT:
-                raise UsageError(f"{name}: its chat template makes {len(text):,} characters of a short conversation")
-
-    try:
-        limited(render)
-    except RuntimeError as error:
-        raise UsageError(f"{name}: its chat template can't be used: {_one_line(error)}") from error
 
 
 def _with_template(tokenizer: Any, name: str) -> PreTrainedTokenizerBase:
