@@ -111,6 +111,20 @@ def test_help_imports_no_heavy_library() -> None:
         assert output.stdout.splitlines()[-1] == "[]"
 
 
+# Plans
+
+
+def test_a_purification_is_planned_from_a_config_alone(run: Run, llama_folder: Path, tmp_path: Path) -> None:
+    shutil.copy(llama_folder / "config.json", tmp_path)
+    result = run("info", tmp_path, "--plan", "--batch-size", "2", "--tokens", "64", "--tflops", "0.1", "--json", "-")
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.stdout)
+    assert plan["steps"] == 150
+    assert plan["peak_bytes"] > plan["weight_bytes"] > 0
+    assert plan["seconds"] == pytest.approx(plan["steps"] * plan["step_flops"] / 0.1e12)
+    fails(run("info", llama_folder, "--tokens", "64"), 2, "add --plan, or leave them out")
+
+
 # Bad input
 
 
