@@ -254,7 +254,7 @@ class Place:
                 found |= {f"{name}: {key}": weight for key, weight in load_file(path).items()}
             elif path.name.endswith(".answers.jsonl"):
                 found[name] = sorted(path.read_text().splitlines())
-            elif path.name in ("figures.json", "record.json", "purify.json"):
+            elif path.name in ("figures.json", "record.json", "purify.json", "failures.json"):
                 found |= numbered(name, json.loads(path.read_text()))
             else:
                 found[name] = None
