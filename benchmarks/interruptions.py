@@ -254,7 +254,7 @@ class Place:
                 found |= {f"{name}: {key}": weight for key, weight in load_file(path).items()}
             elif path.name.endswith(".answers.jsonl"):
                 found[name] = sorted(path.read_text().splitlines())
-            elif path.name in ("figures.json", "record.json", "purify.json"):
+            elif path.name in ("figures.json", "record.json", "purify.json", "failures.json"):
                 found |= numbered(name, json.loads(path.read_text()))
             else:
                 found[name] = None
@@ -438,11 +438,11 @@ def full_disk(run: Undisturbed, folder: Path) -> Report:
 
 
 def read_only(run: Undisturbed, folder: Path) -> Report:
-    """Kill it half-way, start it with its disk read-only, and then as it should be."""
+    """Kill it on its way, start it with its disk read-only, and then as it should be."""
     report = Report(run.command.name, "read-only folder")
     place = Place(run.command, folder / "disk")
     with small_disk(place.folder, "1g"):
-        place.start(after=run.seconds / 2)
+        place.start(after=run.seconds / 4)
         remount(place.folder, "ro")
         report.fail(place, run, place.start(), "cannot write")
         remount(place.folder, "rw")
