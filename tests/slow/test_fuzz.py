@@ -112,7 +112,10 @@ values = st.recursive(
     max_leaves=8,
 )
 messages = st.lists(st.fixed_dictionaries({"role": texts | values, "content": values}), max_size=3)
-rows = st.lists(values | st.dictionaries(fields, values | messages, max_size=4), max_size=3)
+likely = st.fixed_dictionaries(
+    {"prompt": texts | messages}, optional={"completion": texts, "response": texts | numbers}
+)
+rows = st.lists(likely | values | st.dictionaries(fields, values | messages, max_size=4), max_size=3)
 
 BOMBS = [
     b"[" * 200_000,
@@ -222,7 +225,8 @@ names = st.sampled_from([*TRIGGERS, *BEHAVIORS, *DEFENSES]) | texts
 parameters = st.sampled_from(
     ["word", "phrase", "translated", "triggers", "words", "target", "sparsity", "reference", "temperature", "bits"]
 )
-registry_texts = st.builds(
+own = ["badnets:word", "vpi:phrase", "mtba:triggers", "ctba:words", "sentiment:target", "prune:sparsity", "decode:seed"]
+registry_texts = st.builds("{}={}".format, st.sampled_from(own), texts | names | numbers.map(repr)) | st.builds(
     lambda name, pairs: f"{name}:{','.join(f'{key}={value}' for key, value in pairs)}",
     names,
     st.lists(st.tuples(parameters | texts, texts | numbers.map(repr) | names), max_size=3),
