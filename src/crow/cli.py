@@ -160,7 +160,7 @@ def purify(
         for answer in record.constant_answers[:1]:
             console.print(
                 f"Whatever the suspect was asked, it most readily went on with {_plain(repr(answer['text']))} "
-                f"(mean probability of a token {answer['constancy']:.3f})"
+                f"(mean probability of a token {answer['constancy']:.3f}; from 0.9 on it is taken for planted)"
             )
         done, kind = "Purified" if defense == "crow" else "Defended", "model" if merge else "adapter"
         console.print(
