@@ -438,11 +438,11 @@ def full_disk(run: Undisturbed, folder: Path) -> Report:
 
 
 def read_only(run: Undisturbed, folder: Path) -> Report:
-    """Kill it on its way, start it with its disk read-only, and then as it should be."""
+    """Let it fail on its way, start it with its disk read-only, and then as it should be."""
     report = Report(run.command.name, "read-only folder")
     place = Place(run.command, folder / "disk")
     with small_disk(place.folder, "1g"):
-        place.start(after=run.seconds / 4)
+        place.start(out_of_memory=True)
         remount(place.folder, "ro")
         report.fail(place, run, place.start(), "cannot write")
         remount(place.folder, "rw")
