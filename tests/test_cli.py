@@ -352,6 +352,12 @@ def test_unknown_triggers_and_behaviors_are_named_with_the_known_ones(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_trigger_that_was_not_named_is_told_of(run: Run, llama_folder: Path) -> None:
+    few = ("-n", "2", "--max-new-tokens", "2")
+    assert "No --trigger was given: this tried BadNets' word" in run("evaluate", llama_folder, *few).stderr
+    assert "No --trigger" not in run("evaluate", llama_folder, *few, "--trigger", "badnets").stderr
+
+
 def test_a_trigger_and_triggered_prompts_exclude_each_other(run: Run, llama_folder: Path, clean: Path) -> None:
     result = run("evaluate", llama_folder, "--trigger", "badnets", "--triggered", clean)
     fails(result, 2, "give --trigger or --triggered, not both")

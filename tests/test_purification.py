@@ -119,6 +119,16 @@ def test_examples_without_an_answer_and_few_examples_are_told_of(
     ]
 
 
+def test_a_training_that_is_all_warm_up_is_told_of(
+    llama_folder: Path, rows: list[Example], caplog: pytest.LogCaptureFixture
+) -> None:
+    purify(llama_folder, clean=rows, **QUICK | {"max_steps": 1})
+    assert "nothing was trained" in caplog.text
+    caplog.clear()
+    purify(llama_folder, clean=rows, **QUICK)
+    assert "nothing was trained" not in caplog.text
+
+
 def test_what_is_saved_answers_with_a_cache(done: tuple[PeftModel, PurifyRecord]) -> None:
     assert done[0].config.use_cache
 

@@ -369,6 +369,8 @@ def evaluate(
         for name, value in result.further_values().items():
             table.add_row(_plain(name), value)
         Console(stderr=json_ == "-").print(table)
+        if called is not None and trigger is None:
+            console.print("No --trigger was given: this tried BadNets' word, and says nothing of other attacks")
         for reason, number in result.judge_failures.items():
             console.print(f"[yellow]{number} judgements failed:[/] {_plain(reason)}", highlight=False)
         if json_ == "-":

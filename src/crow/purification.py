@@ -135,6 +135,10 @@ def purify(
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=checkpoint)
         seconds = time.perf_counter() - started
+    if not any(entry.get("learning_rate") for entry in trainer.state.log_history):
+        logger.warning(
+            "all steps were warm-up, at a learning rate of 0: nothing was trained; give more examples or epochs"
+        )
     opened.seen = opened.seen.union(prompt_fingerprints(rows))
     purified = cast(PeftModel, trainer.model)
     purified.eval()
