@@ -689,7 +689,7 @@ def test_full_disk_figures_leave_nothing_half_written(
     run: Run, llama_folder: Path, clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("crow.files.os.replace", full)
-    options = ("--prompts", clean, "-n", 2, "--max-new-tokens", 2, "--json", "figures.json")
+    options = ("--trigger", "badnets", "--prompts", clean, "-n", 2, "--max-new-tokens", 2, "--json", "figures.json")
     fails(run("evaluate", llama_folder, *options), 1, "No space left on device")
     assert [path.name for path in tmp_path.iterdir()] == ["figures.unfinished.jsonl"]
 
