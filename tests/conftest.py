@@ -1,7 +1,6 @@
 """Tiny real tokenizers and models, made offline from configs; everything on the CPU in float32."""
 
 import os
-import threading
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from serving import Server
+from serving import Server, running
 
 from crow.data import Example, answer_text, load_examples, user_text
 
@@ -175,7 +174,5 @@ def float32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    with Server() as running:
-        threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
-        yield running
-        running.shutdown()
+    with running(Server()) as serving:
+        yield serving

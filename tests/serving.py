@@ -1,10 +1,11 @@
 """A real local server that speaks OpenAI's chat API, and does what real servers do."""
 
 import json
-from collections.abc import Callable
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, TypeVar
 
 Reply = Callable[[dict[str, Any], int], tuple[int, str]]
 
@@ -13,6 +14,18 @@ def said(text: str | None) -> tuple[int, str]:
     """The reply of a model that says this."""
     choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
     return 200, json.dumps({"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]})
+
+
+Running = TypeVar("Running", bound=ThreadingHTTPServer)
+
+
+@contextmanager
+def running(server: Running) -> Iterator[Running]:
+    """Have it serve while the block runs."""
+    with server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server
+        server.shutdown()
 
 
 class Server(ThreadingHTTPServer):

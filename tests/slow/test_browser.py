@@ -3,13 +3,13 @@
 import re
 import shutil
 import subprocess
-import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from serving import running
 
 from crow.backdoors import BEHAVIORS, TRIGGERS
 from crow.data import Example
@@ -55,10 +55,8 @@ class Noting(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def requests() -> Iterator[Requests]:
-    with Requests() as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    with running(Requests()) as server:
         yield server
-        server.shutdown()
 
 
 @dataclass
@@ -69,7 +67,7 @@ class Hostile:
     name: str
     hashes: dict[str, str] = field(default_factory=dict)
 
-    def answer(self, prompts: Prompts, max_new_tokens: int, on_answers: OnAnswers) -> None:
+    def answer(self, prompts: Prompts, max_new_tokens: int, on_answers: OnAnswers, known: Collection[int] = ()) -> None:
         on_answers(dict.fromkeys(range(len(prompts)), self.attack))
 
 
