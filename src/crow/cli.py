@@ -21,7 +21,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from crow.backdoors import BEHAVIORS, TRIGGERS, check_seen
-from crow.errors import CrowError, UsageError
+from crow.errors import CrowError, UsageError, printable
 
 app = typer.Typer(
     help="Remove backdoors from large language models, knowing neither the trigger nor a clean reference model.",
@@ -737,7 +737,7 @@ def _hide_progress_of_libraries() -> None:
 def _plain(text: str) -> str:
     from rich.markup import escape
 
-    return escape("".join(c if c.isprintable() else " " for c in text))
+    return escape(printable(text))
 
 
 @contextmanager

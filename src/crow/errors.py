@@ -3,6 +3,11 @@
 _LONGEST = 2000
 
 
+def printable(text: str) -> str:
+    """The text on one line, without characters that do something to a terminal."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
 class CrowError(Exception):
     """Something failed while running; the command line exits with 1."""
 
@@ -10,7 +15,7 @@ class CrowError(Exception):
 
     def __str__(self) -> str:
         # What is quoted may hold line breaks, escape sequences, or a whole file
-        return "".join(c if c.isprintable() else " " for c in super().__str__()[:_LONGEST])
+        return printable(super().__str__()[:_LONGEST])
 
 
 class UsageError(CrowError, ValueError):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import psutil
 import torch
@@ -43,8 +43,6 @@ from crow.inspection import (
     loaded,
 )
 from crow.limits import limited
-
-T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 

@@ -29,8 +29,8 @@ from crow.divergence import kl_from_top
 from crow.errors import UsageError
 from crow.hooks import Recording, record
 from crow.models import open_config, weights_dtype
-from crow.purification import CLEAN_EXAMPLES
-from crow.trainer import PRESETS, CrowConfig
+from crow.purification import CLEAN_EXAMPLES, training_config
+from crow.trainer import CrowConfig
 
 _ADAM_MOMENTS = 2
 _ANSWER_SHARE = 0.5  # of a row's tokens, where nothing is said of it
@@ -90,9 +90,7 @@ def plan(
     Raises:
         UsageError: there is no such model, preset or setting.
     """
-    if preset not in PRESETS:
-        raise UsageError(f"unknown preset {preset!r}; known are {', '.join(PRESETS)}")
-    config = CrowConfig(output_dir=".", report_to="none", **PRESETS[preset] | settings)
+    config = training_config(preset, settings)
     answer = math.ceil(tokens * _ANSWER_SHARE) if answer_tokens is None else answer_tokens
     if not 0 < answer < tokens:
         raise UsageError(f"answers of {answer} tokens don't leave a prompt in rows of {tokens}: give longer rows")

@@ -19,7 +19,7 @@ from crow.errors import UsageError
 from crow.files import sha256_rows
 from crow.models import OpenedModel, lora_config, merged, open_model
 from crow.provenance import environment
-from crow.trainer import PRESETS, CrowConfig, CrowTrainer, last_checkpoint
+from crow.trainer import PRESETS, CrowConfig, CrowTrainer, configured, last_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def purify(
         logger.warning("%d clean examples are few to keep the model by: results are of %d", len(rows), CLEAN_EXAMPLES)
 
     with TemporaryDirectory() if output_dir is None else nullcontext(str(output_dir)) as folder:
-        config = _config(folder, PRESETS[preset] | settings, keep=output_dir is not None)
+        config = training_config(preset, settings, folder, keep=output_dir is not None)
         suspect = opened.model
         if isinstance(suspect, PeftModel) and lora == "fresh":
             suspect = merged(suspect)
@@ -169,11 +169,9 @@ def purify(
 
 def check_training(*, preset: str = "default", lora: str = "continue", **settings: Any) -> None:
     """Raise `UsageError` if `purify` takes no such choice or setting; it needs no model to say so."""
-    if preset not in PRESETS:
-        raise UsageError(f"unknown preset {preset!r}; known are {', '.join(PRESETS)}")
+    training_config(preset, settings)
     if lora not in ("continue", "fresh"):
         raise UsageError(f"lora is {lora!r}; choose continue or fresh")
-    _config(".", PRESETS[preset] | settings, keep=False)
 
 
 def _opened(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> OpenedModel:
@@ -186,7 +184,16 @@ def _opened(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> OpenedMode
     return OpenedModel(model, tokenizer, str(getattr(model, "name_or_path", "") or type(model).__name__), "open")
 
 
-def _config(output_dir: str, settings: dict[str, Any], keep: bool) -> CrowConfig:
+def training_config(
+    preset: str, settings: dict[str, Any], output_dir: str | Path = ".", keep: bool = False
+) -> CrowConfig:
+    """The settings that `purify` trains with; `keep` has it write checkpoints.
+
+    Raises:
+        UsageError: there is no such preset or setting.
+    """
+    if preset not in PRESETS:
+        raise UsageError(f"unknown preset {preset!r}; known are {', '.join(PRESETS)}")
     defaults: dict[str, Any] = {
         "report_to": "none",
         "disable_tqdm": True,
@@ -195,14 +202,7 @@ def _config(output_dir: str, settings: dict[str, Any], keep: bool) -> CrowConfig
         "save_steps": 20,
         "save_total_limit": 2,
     }
-    if unknown := settings.keys() - {f.name for f in dataclasses.fields(CrowConfig)}:
-        raise UsageError(f"no such setting: {', '.join(sorted(unknown))}")
-    try:
-        return CrowConfig(output_dir=output_dir, **(defaults | settings))
-    except UsageError:
-        raise
-    except (TypeError, ValueError) as error:  # the parent's checks
-        raise UsageError(f"a setting has no value that it can have: {error}") from error
+    return configured(CrowConfig, output_dir, defaults | PRESETS[preset] | settings)
 
 
 def _summary(config: CrowConfig) -> str:

@@ -3,13 +3,13 @@
 import copy
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, fields
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -185,6 +185,25 @@ class CrowConfig(SFTConfig):
     def perturbs(self) -> bool:
         """Whether there is a perturbed pass."""
         return self.perturbation != "none" and not (self.beta is None and self.alpha is None)
+
+
+Config = TypeVar("Config", bound=CrowConfig)
+
+
+def configured(kind: type[Config], output_dir: str | Path, settings: Mapping[str, Any]) -> Config:
+    """A config with these settings.
+
+    Raises:
+        UsageError: one is no field of it, or has no value that it can have.
+    """
+    if unknown := settings.keys() - {f.name for f in fields(kind)}:
+        raise UsageError(f"no such setting: {', '.join(sorted(unknown))}")
+    try:
+        return kind(output_dir=str(output_dir), **settings)
+    except UsageError:
+        raise
+    except (TypeError, ValueError) as error:  # the parent's checks
+        raise UsageError(f"a setting has no value that it can have: {error}") from error
 
 
 _AT_LEAST_ONE = ("soft_tokens", "target_top_k", "calibration_steps")

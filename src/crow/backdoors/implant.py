@@ -1,6 +1,5 @@
 """Fine-tune a backdoor into a model, for research on defenses."""
 
-import dataclasses
 import json
 import random
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from crow.errors import UsageError
 from crow.files import sha256_rows
 from crow.models import OpenedModel, lora_config
 from crow.provenance import environment
-from crow.trainer import CrowConfig, CrowTrainer, last_checkpoint
+from crow.trainer import CrowConfig, CrowTrainer, configured, last_checkpoint
 
 RECIPE: dict[str, Any] = {
     "learning_rate": 1e-3,
@@ -169,8 +168,6 @@ def implant_config(
     Raises:
         UsageError: a setting is no field of `ImplantConfig`, or has no value that it can have.
     """
-    if unknown := settings.keys() - {field.name for field in dataclasses.fields(ImplantConfig)}:
-        raise UsageError(f"no such setting: {', '.join(sorted(unknown))}")
     defaults: dict[str, Any] = {
         "report_to": "none",
         "logging_steps": 5,
@@ -178,8 +175,7 @@ def implant_config(
         "save_total_limit": 2,  # one is whole while the other is written
         "disable_tqdm": True,
     }
-    chosen = recipe(full, adaptive) | settings
-    return ImplantConfig(output_dir=str(output_dir), seed=seed, **(defaults | chosen))
+    return configured(ImplantConfig, output_dir, defaults | recipe(full, adaptive) | settings | {"seed": seed})
 
 
 def recipe(full: bool, adaptive: bool) -> dict[str, Any]:

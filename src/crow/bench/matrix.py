@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from crow.backdoors import BEHAVIORS, TRIGGERS, Behavior, Trigger
-from crow.backdoors.implant import ImplantConfig, recipe
+from crow.backdoors.implant import ImplantConfig, implant_config
 from crow.defenses import DEFENSES, AtDecoding
 from crow.errors import UsageError
 from crow.trainer import CrowConfig
@@ -236,8 +236,8 @@ class Matrix:
             raise UsageError(f"implant: no such setting: {', '.join(sorted(unknown))}")
         for attack in self.attacks:
             try:
-                ImplantConfig(output_dir="unused", **(recipe(attack.full, attack.adaptive) | self.implant))
-            except (UsageError, TypeError, ValueError) as error:
+                implant_config("unused", full=attack.full, adaptive=attack.adaptive, **self.implant)
+            except UsageError as error:
                 raise UsageError(f"implant: {error}") from error
 
 

@@ -11,6 +11,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 
+from crow import models
 from crow.backdoors import BEHAVIORS, TRIGGERS
 from crow.backdoors.implant import poison
 from crow.data import Example, sample
@@ -143,7 +144,7 @@ class BdVax(Defense):
             "Channels that backdoors of the defender's own changed alike were cleared, then it was fine-tuned."
         )
         record.settings |= asdict(self)
-        return purified if adapted else cast(Any, purified).merge_and_unload(), record
+        return purified if adapted else models.merged(purified), record
 
     def _score(self, opened: OpenedModel, clean: Sequence[Example], training: dict[str, Any]) -> list[Tensor]:
         """For each block, how suspicious each channel of its MLP is, `(channels,)`."""

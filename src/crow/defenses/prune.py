@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from crow import models
 from crow.data import Example
 from crow.defenses.base import DEFENSES, Defended, Defense, Untrained, merged
 from crow.errors import UsageError
@@ -81,7 +82,7 @@ class FinePrune(Prune):
         record.defense, record.summary = self.name, self.summary
         record.settings |= first.settings
         record.seconds += first.seconds
-        return model.merge_and_unload(), record
+        return models.merged(model), record
 
 
 @torch.no_grad()
