@@ -63,7 +63,13 @@ def main() -> None:
     [word_id, *_] = opened.tokenizer(args.word, add_special_tokens=False)["input_ids"]
     for name, settings in ADVERSARIES.items():
         config = CrowConfig(
-            output_dir="unused", report_to="none", save_strategy="no", soft_token_warmup=args.steps, seed=0, **settings
+            output_dir="unused",
+            report_to="none",
+            save_strategy="no",
+            soft_token_warmup=args.steps,
+            probes=0,
+            seed=0,
+            **settings,
         )
         rows = to_dataset(load_examples("clean")[:48])
         trainer = CrowTrainer(opened.model, config, train_dataset=rows, processing_class=opened.tokenizer)

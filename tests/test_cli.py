@@ -28,7 +28,18 @@ from crow.files import write_jsonl
 pytestmark = pytest.mark.usefixtures("float32")
 
 COMMANDS = ("purify", "evaluate", "implant", "report", "demo", "info", "defenses", "bench")
-QUICK = ("--examples", "8", "--epochs", "1", "--batch-size", "4", "--set", "soft_token_warmup=1")
+QUICK = (
+    "--examples",
+    "8",
+    "--epochs",
+    "1",
+    "--batch-size",
+    "4",
+    "--set",
+    "soft_token_warmup=1",
+    "--set",
+    "probe_ascents=1",
+)
 
 Run = Callable[..., Result]
 

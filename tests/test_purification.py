@@ -22,7 +22,12 @@ from crow.purification import PurifyRecord, purify
 
 pytestmark = pytest.mark.usefixtures("float32")
 
-QUICK: dict[str, Any] = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "soft_token_warmup": 1}
+QUICK: dict[str, Any] = {
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": 4,
+    "soft_token_warmup": 1,
+    "probe_ascents": 1,
+}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -12,6 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 from crow.hooks import lm_head_at, position_ids
 from crow.models import base_model
 
+LONGEST_ANSWER = 6  # tokens of it that are looked at
+
 
 @dataclass(frozen=True)
 class ConstantAnswer:
@@ -33,7 +35,7 @@ def constant_answers(
     number: int,
     first: Tensor | None = None,
     eos_token_id: int | None = None,
-    length: int = 6,
+    length: int = LONGEST_ANSWER,
     beginnings: int = 128,
     rare: int = 64,
     screened: int = 2048,

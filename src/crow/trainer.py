@@ -22,7 +22,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig, SFTTrainer
 
 from crow.consistency import aligned_inconsistency, layer_consistency
-from crow.constancy import ConstantAnswer, constant_answers
+from crow.constancy import LONGEST_ANSWER, ConstantAnswer, constant_answers
 from crow.divergence import answer_positions, answer_weights, kl_from_top, ruling_out, top_log_probs
 from crow.errors import CrowError, UsageError
 from crow.hooks import Recording, lm_head_at, record
@@ -106,6 +106,12 @@ class CrowConfig(SFTConfig):
         "Number of guessed triggers that are inserted beside the soft tokens: real tokens, exchanged for those that "
         "make an answer likelier which the suspect gives whatever it is asked.",
     )
+    probes: int = _term(
+        8,
+        "Number of insertions of soft tokens that ascend on D before all else: what one of them comes to call on any "
+        "prompt is aimed at as well. 0 leaves that to the scan alone.",
+    )
+    probe_ascents: int = _term(30, "Ascents of the probes, a batch each.")
     target_top_k: int = _term(64, "How many log-probabilities of the suspect's distribution are kept per token.")
 
     other_targets: ClassVar[bool] = False  # whether the targets are others than the suspect's own answers
@@ -207,7 +213,7 @@ def configured(kind: type[Config], output_dir: str | Path, settings: Mapping[str
 
 
 _AT_LEAST_ONE = ("soft_tokens", "target_top_k", "calibration_steps")
-_COUNTS = (*_AT_LEAST_ONE, "soft_token_pool", "soft_token_warmup", "trigger_guesses")
+_COUNTS = (*_AT_LEAST_ONE, "soft_token_pool", "soft_token_warmup", "trigger_guesses", "probes", "probe_ascents")
 _POSITIVE = (
     "learning_rate",
     "num_train_epochs",
@@ -297,7 +303,7 @@ _SMALLEST_COUNT = 1e-6  # so that a term over nothing is 0 and not 0 / 0
 
 _EXTRA_COLUMNS = ("user_span", "example_id")
 
-_ANCHORED, _PERTURBED, _AIMED, _RANKED = range(4)  # what rows' draws are for
+_ANCHORED, _PERTURBED, _AIMED, _RANKED, _PROBED = range(5)  # what rows' draws are for
 
 
 def _generator(*numbers: int) -> torch.Generator:
@@ -359,13 +365,9 @@ class CrowTrainer(SFTTrainer):
                     self._embed, self._words, number=self.args.trigger_guesses, length=self.args.soft_tokens
                 )
             if self.args.soft_token_pool:
-                self.soft_tokens = SoftTokens(
-                    self._real_embeddings(_EMBEDDING_SAMPLE),
-                    pool=self.args.soft_token_pool,
-                    length=self.args.soft_tokens,
-                    max_norm=self.args.soft_token_norm,
-                    learning_rate=self.args.soft_token_learning_rate,
-                ).to(self.args.device)
+                self.soft_tokens = self._some_soft_tokens(self.args.soft_token_pool)
+        self._adversaries = [adversary for adversary in (self.guesses, self.soft_tokens) if adversary is not None]
+        self._aimed = [a for a in self._adversaries if a is self.guesses or self.args.soft_token_objective == "answer"]
         self.constant_answers: list[ConstantAnswer] = []
         self.first_guesses: list[tuple[list[int], float]] = []
         self._answer_of: list[ConstantAnswer] = []
@@ -375,6 +377,15 @@ class CrowTrainer(SFTTrainer):
         self._ascents_left = 0
         self._studied = False
         self._counts: _Counts
+
+    def _some_soft_tokens(self, pool: int) -> SoftTokens:
+        return SoftTokens(
+            self._real_embeddings(_EMBEDDING_SAMPLE),
+            pool=pool,
+            length=self.args.soft_tokens,
+            max_norm=self.args.soft_token_norm,
+            learning_rate=self.args.soft_token_learning_rate,
+        ).to(self.args.device)
 
     @property
     def _shards(self) -> bool:
@@ -701,7 +712,9 @@ class CrowTrainer(SFTTrainer):
         if resume_from_checkpoint is not None:
             self._load_state(Path(resume_from_checkpoint))
         elif not self._studied:  # a second training, or one with smaller batches, meets a model that has moved
-            self._study_suspect(ascents=self.args.soft_token_warmup if self._adversaries else 0)
+            ascents = self.args.soft_token_warmup if self._adversaries else 0
+            probing = self.args.probe_ascents if self._aimed and self.args.probes else 0
+            self._study_suspect(ascents + probing)
             if self._adversaries:
                 self._warm_up()
         self._studied = True
@@ -805,6 +818,7 @@ class CrowTrainer(SFTTrainer):
         rows = [self.train_dataset[i] for i in order[:_SCANNED_PROMPTS].tolist()]
         batch = self._prepare_inputs(self.data_collator(rows))
         ends = _prompt_ends(batch["labels"], batch["attention_mask"]).tolist()
+        called = self._probe(batch) if self.args.probes else []
         self.model.eval()
         with self.compute_loss_context_manager():
             answers = constant_answers(
@@ -814,12 +828,49 @@ class CrowTrainer(SFTTrainer):
                 first=first,
                 eos_token_id=self.processing_class.eos_token_id,
             )
+        found = {a.token_ids: a for a in sorted([*answers, *called], key=lambda a: a.constancy)}
+        answers = sorted(found.values(), key=lambda a: a.constancy, reverse=True)
         answers = broadcast_object_list([answers])[0]  # which processes may have rounded otherwise
         self.constant_answers = [a for a in answers if a.constancy >= _COMPARABLE * answers[0].constancy]
         number = len(self.constant_answers)
         places = [i for adversary in self._aimed for i in range(len(adversary.tokens))]
         self._answer_of = [self.constant_answers[i % number] for i in places]
         self.model.train()
+
+    def _probe(self, batch: dict[str, Any]) -> list[ConstantAnswer]:
+        """The answers that soft tokens come to call, on any of these prompts, which ascend on D alone.
+
+        An attacker can teach the model that a planted answer, once begun, does not go on by itself where the trigger
+        is not, and so hide it from `constant_answers`. That the trigger calls it cannot be hidden, and nothing else
+        takes the model as far from its own answers while it stays as sure of what it says.
+        """
+        trained = self._adversaries, self._aimed
+        probes = self._some_soft_tokens(self.args.probes)
+        self._adversaries, self._aimed = [probes], []
+        self._ascend_against_suspect(self.args.probe_ascents)
+        self._adversaries, self._aimed = trained
+        self.model.eval()
+        places = self._places(batch, self._draws(batch, 2, _PROBED))
+        answers = [self._called(insertion, batch, places) for insertion in probes.tokens]
+        return [answer for answer in answers if answer.constancy >= _PLANTED]
+
+    @torch.no_grad()
+    def _called(self, insertion: Tensor, batch: dict[str, Any], places: Tensor) -> ConstantAnswer:
+        """What prompts with this insertion, `(length, hidden)`, are answered with: the likeliest token after another.
+
+        Its constancy counts the first token too, which here is called and not given.
+        """
+        prompts, log_sum = len(places), 0.0
+        answer: list[int] = []
+        while len(answer) < LONGEST_ANSWER and self.processing_class.eos_token_id not in answer:
+            rows = self._answered(batch, [batch["input_ids"].new_tensor([*answer, 0])] * prompts)
+            perturbed = self._inserted(rows.ids, rows.mask, rows.answers, places, insertion.expand(prompts, -1, -1))
+            with self.compute_loss_context_manager():
+                logits, _ = self._perturbed_pass(self.model, perturbed, score=True)
+            following = logits.view(prompts, len(answer) + 1, -1)[:, -1].float().softmax(dim=-1).mean(dim=0)
+            log_sum += following.max().log().item()
+            answer.append(int(following.argmax()))
+        return ConstantAnswer(tuple(answer), math.exp(log_sum / len(answer)))
 
     def _targets_of(self, example_ids: Tensor | None) -> tuple[Tensor, Tensor] | None:
         if self.args.objective != "suspect":
@@ -830,8 +881,13 @@ class CrowTrainer(SFTTrainer):
 
     def _warm_up(self) -> None:
         """Let the inserted tokens ascend against the suspect, so that training meets a perturbation that works."""
+        self._ascend_against_suspect(self.args.soft_token_warmup)
+        if self.guesses is not None:
+            self._rank(self.guesses)
+
+    def _ascend_against_suspect(self, ascents: int) -> None:
         self.model.train()
-        self._ascents_left, batches = self.args.soft_token_warmup, self._batches_of_steps()
+        self._ascents_left, batches = ascents, self._batches_of_steps()
         while self._ascents_left:
             micro_batches = next(batches)
             self._share_out(micro_batches)
@@ -849,8 +905,6 @@ class CrowTrainer(SFTTrainer):
             self._ascend()
             self._report_preparation()
             self._ascents_left -= 1
-        if self.guesses is not None:
-            self._rank(self.guesses)
 
     def _batches_of_steps(self) -> Iterator[list[dict[str, Any]]]:
         """The micro-batches of one optimizer step after another, without end."""
@@ -884,22 +938,13 @@ class CrowTrainer(SFTTrainer):
 
     def _ascend(self, kept_guesses: int = 0) -> None:
         for adversary in self._adversaries:
-            if adversary.tokens.grad is not None:
-                adversary.tokens.grad = self.accelerator.reduce(adversary.tokens.grad, "mean")
-        if self.guesses is not None and self.guesses.tokens.grad is not None:
-            self.guesses.ascend(kept_guesses)
-        if self.soft_tokens is not None and self.soft_tokens.tokens.grad is not None:
-            self.soft_tokens.ascend()
-
-    @property
-    def _adversaries(self) -> list[GuessedTriggers | SoftTokens]:
-        return [adversary for adversary in (self.guesses, self.soft_tokens) if adversary is not None]
-
-    @property
-    def _aimed(self) -> list[GuessedTriggers | SoftTokens]:
-        """Those that ascend on the likelihood of constant answers, in the order of `_answer_of`."""
-        on_divergence = self.args.soft_token_objective == "divergence"
-        return [a for a in self._adversaries if not (a is self.soft_tokens and on_divergence)]
+            if adversary.tokens.grad is None:
+                continue
+            adversary.tokens.grad = self.accelerator.reduce(adversary.tokens.grad, "mean")
+            if isinstance(adversary, GuessedTriggers):
+                adversary.ascend(kept_guesses)
+            else:
+                adversary.ascend()
 
     @cached_property
     def _words(self) -> Tensor:
