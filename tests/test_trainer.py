@@ -475,6 +475,14 @@ def test_insertions_learn_to_call_their_answer(make: Any, insertion: dict[str, A
     assert likelihood(10) > likelihood(0) + 0.5
 
 
+@pytest.mark.parametrize("insertion", [ONE_GUESS, ONE_AIMED], ids=["guess", "soft tokens"])
+def test_insertions_ascend_every_so_many_steps(make: Any, pinned: list[Tensor], insertion: dict[str, Any]) -> None:
+    trainer = make(ascend_every=3, max_steps=7, **insertion)
+    trainer.train()
+    assert [i for i, log in enumerate(logs(trainer)) if "constant_answers" in log] == [0, 3, 6]
+    assert len(pinned) == 3
+
+
 def test_guesses_and_soft_tokens_are_aimed_at_the_same_answers(make: Any) -> None:
     trainer = make(trigger_guesses=2, soft_token_pool=3)
     trainer._study_suspect()

@@ -106,6 +106,9 @@ class CrowConfig(SFTConfig):
         "Number of guessed triggers that are inserted beside the soft tokens: real tokens, exchanged for those that "
         "make an answer likelier which the suspect gives whatever it is asked.",
     )
+    ascend_every: int = _term(
+        1, "Steps from one ascent of what is aimed at an answer to the next: more of them cost less, and lag behind."
+    )
     probes: int = _term(
         8,
         "Number of insertions of soft tokens that ascend on D before all else: what one of them comes to call on any "
@@ -212,7 +215,7 @@ def configured(kind: type[Config], output_dir: str | Path, settings: Mapping[str
         raise UsageError(f"a setting has no value that it can have: {error}") from error
 
 
-_AT_LEAST_ONE = ("soft_tokens", "target_top_k", "calibration_steps")
+_AT_LEAST_ONE = ("soft_tokens", "target_top_k", "calibration_steps", "ascend_every")
 _COUNTS = (*_AT_LEAST_ONE, "soft_token_pool", "soft_token_warmup", "trigger_guesses", "probes", "probe_ascents")
 _POSITIVE = (
     "learning_rate",
@@ -484,7 +487,7 @@ class CrowTrainer(SFTTrainer):
             if clean.requires_grad:
                 scaled = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}  # as the parent does
                 self.accelerator.backward(clean, **scaled)
-            if self._aimed:
+            if self._aimed and self.state.global_step % self.args.ascend_every == 0:
                 self._log_term("constant_answers", self._aim(self.model, batch))
         self._log_term("clean", clean)
 
