@@ -76,7 +76,7 @@ def constant_answers(
         pad_sequence(rows, batch_first=True, padding_side="left")
         for rows in (shortest_first, [torch.ones_like(prompt) for prompt in shortest_first])
     )
-    output = _last_logits(model, ids, mask, None)
+    output = _last_logits(model, mask, None, input_ids=ids)
     asked = _Asked(output.past_key_values, mask)
     first = output.logits.float().softmax(dim=-1).mean(dim=0) if first is None else first
     ranked = first.topk(min(beginnings + screened, len(first))).indices[:, None]
@@ -92,6 +92,37 @@ def constant_answers(
         )
     ]
     return sorted(found, key=lambda answer: answer.constancy, reverse=True)[:number]
+
+
+@torch.no_grad()
+def called_answer(
+    model: Any, prompts: Sequence[Tensor], *, eos_token_id: int | None = None, length: int = LONGEST_ANSWER
+) -> ConstantAnswer:
+    """What a model answers these prompts with, taken together: the token that is likeliest on average after another.
+
+    Its constancy counts the first token in, which here is the model's own choice.
+
+    Args:
+        model: As for `constant_answers`.
+        prompts: Input embeddings of prompts, `(length, hidden)` each, up to where the answer begins.
+        eos_token_id: Ends an answer.
+        length: Tokens an answer may have.
+    """
+    embeddings, mask = (
+        pad_sequence(rows, batch_first=True, padding_side="left")
+        for rows in (
+            list(prompts),
+            [torch.ones(len(prompt), dtype=torch.long, device=prompt.device) for prompt in prompts],
+        )
+    )
+    output = _last_logits(model, mask, None, inputs_embeds=embeddings)
+    probability, first = output.logits.float().softmax(dim=-1).mean(dim=0).max(dim=0)
+    if first == eos_token_id:
+        return ConstantAnswer((int(first),), probability.item())
+    asked = _Asked(output.past_key_values, mask)
+    [rest] = _continued(model, first.view(1, 1), asked, eos_token_id, length=length, branches=1, kept=1, number=1)
+    following = len(rest.token_ids) - 1
+    return ConstantAnswer(rest.token_ids, (probability.item() * rest.constancy**following) ** (1 / (1 + following)))
 
 
 @dataclass(frozen=True)
@@ -159,20 +190,22 @@ def _following(model: Any, answers: Tensor, asked: _Asked, number: int) -> tuple
         cache.batch_repeat_interleave(len(some))
         ids = some.repeat(prompts, 1)
         mask = torch.cat([asked.mask.repeat_interleave(len(some), dim=0), torch.ones_like(ids)], dim=1)
-        logits = _last_logits(model, ids, mask, cache).logits
+        logits = _last_logits(model, mask, cache, input_ids=ids).logits
         likeliest.append(logits.float().softmax(dim=-1).view(prompts, len(some), -1).mean(dim=0).topk(number))
     probability, following = (torch.cat(parts) for parts in zip(*likeliest, strict=True))
     return probability, following
 
 
-def _last_logits(model: Any, ids: Tensor, mask: Tensor, cache: Any) -> Any:
-    last = torch.zeros_like(ids, dtype=torch.bool)
+def _last_logits(model: Any, mask: Tensor, cache: Any, **inputs: Tensor) -> Any:
+    """Of `input_ids` or `inputs_embeds`, which come last of what `mask` covers."""
+    [asked] = inputs.values()
+    last = torch.zeros(asked.shape[:2], dtype=torch.bool, device=asked.device)
     last[:, -1] = True
     with lm_head_at(base_model(model), last):
         return model(
-            input_ids=ids,
+            **inputs,
             attention_mask=mask,
             past_key_values=cache,
             use_cache=True,
-            **position_ids(base_model(model), mask, ids.shape[1]),
+            **position_ids(base_model(model), mask, asked.shape[1]),
         )

@@ -18,7 +18,7 @@ TRIGGER, BEHAVIOR = "badnets", "sentiment"
 PROMPTS = 100
 
 SIZES: dict[bool, dict[str, Any]] = {
-    False: {"examples": 100, "epochs": 3, "ascents": 20, "probes": 8, "new_tokens": 20},
+    False: {"examples": 100, "epochs": 3, "ascents": 20, "probes": 32, "new_tokens": 20},
     True: {"examples": 24, "epochs": 2, "ascents": 8, "probes": 0, "new_tokens": 5},
 }
 """How much is done, for the whole demo and for the quick one."""

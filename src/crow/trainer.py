@@ -22,7 +22,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig, SFTTrainer
 
 from crow.consistency import aligned_inconsistency, layer_consistency
-from crow.constancy import LONGEST_ANSWER, ConstantAnswer, constant_answers
+from crow.constancy import ConstantAnswer, called_answer, constant_answers
 from crow.divergence import answer_positions, answer_weights, kl_from_top, ruling_out, top_log_probs
 from crow.errors import CrowError, UsageError
 from crow.hooks import Recording, lm_head_at, record
@@ -110,11 +110,11 @@ class CrowConfig(SFTConfig):
         1, "Steps from one ascent of what is aimed at an answer to the next: more of them cost less, and lag behind."
     )
     probes: int = _term(
-        8,
-        "Number of insertions of soft tokens that ascend on D before all else: what one of them comes to call on any "
-        "prompt is aimed at as well. 0 leaves that to the scan alone.",
+        32,
+        "How many of the likeliest first tokens soft tokens are made to call before all else, to see what answer comes "
+        "of it; 0 leaves that to the scan (objective `suspect` only).",
     )
-    probe_ascents: int = _term(30, "Ascents of the probes, a batch each.")
+    probe_ascents: int = _term(60, "Batches on which they ascend, each row on one of them.")
     target_top_k: int = _term(64, "How many log-probabilities of the suspect's distribution are kept per token.")
 
     other_targets: ClassVar[bool] = False  # whether the targets are others than the suspect's own answers
@@ -716,7 +716,8 @@ class CrowTrainer(SFTTrainer):
             self._load_state(Path(resume_from_checkpoint))
         elif not self._studied:  # a second training, or one with smaller batches, meets a model that has moved
             ascents = self.args.soft_token_warmup if self._adversaries else 0
-            probing = self.args.probe_ascents if self._aimed and self.args.probes else 0
+            probes = self._aimed and self.args.probes and self.args.objective == "suspect"
+            probing = self.args.probe_ascents if probes else 0
             self._study_suspect(ascents + probing)
             if self._adversaries:
                 self._warm_up()
@@ -821,12 +822,16 @@ class CrowTrainer(SFTTrainer):
         rows = [self.train_dataset[i] for i in order[:_SCANNED_PROMPTS].tolist()]
         batch = self._prepare_inputs(self.data_collator(rows))
         ends = _prompt_ends(batch["labels"], batch["attention_mask"]).tolist()
-        called = self._probe(batch) if self.args.probes else []
+        prompts = [ids[:end].tolist() for ids, end in zip(batch["input_ids"], ends, strict=True)]
+        called = []
+        if first is not None and self.args.probes:
+            places = self._places(batch, self._draws(batch, 2, _PROBED)).tolist()
+            called = self._probe(first.topk(min(self.args.probes, len(first))).indices.tolist(), prompts, places)
         self.model.eval()
         with self.compute_loss_context_manager():
             answers = constant_answers(
                 self.model,
-                [ids[:end].tolist() for ids, end in zip(batch["input_ids"], ends, strict=True)],
+                prompts,
                 number=sum(len(adversary.tokens) for adversary in self._aimed),
                 first=first,
                 eos_token_id=self.processing_class.eos_token_id,
@@ -840,40 +845,29 @@ class CrowTrainer(SFTTrainer):
         self._answer_of = [self.constant_answers[i % number] for i in places]
         self.model.train()
 
-    def _probe(self, batch: dict[str, Any]) -> list[ConstantAnswer]:
-        """The answers that soft tokens come to call, on any of these prompts, which ascend on D alone.
+    def _probe(self, beginnings: list[int], prompts: list[list[int]], places: list[int]) -> list[ConstantAnswer]:
+        """What prompts are answered with once soft tokens call an answer's first token, for each of these tokens.
 
-        An attacker can teach the model that a planted answer, once begun, does not go on by itself where the trigger
-        is not, and so hide it from `constant_answers`. That the trigger calls it cannot be hidden, and nothing else
-        takes the model as far from its own answers while it stays as sure of what it says.
+        An attacker can teach the model that a planted answer, once begun, does not go on by itself where the trigger is
+        not, and so hide it from `constant_answers`. What cannot be hidden is that the trigger calls it: of all ways to
+        make a model begin with the planted first token for sure, the trigger's is the one that it was trained to take.
         """
         trained = self._adversaries, self._aimed
-        probes = self._some_soft_tokens(self.args.probes)
-        self._adversaries, self._aimed = [probes], []
+        probes = self._some_soft_tokens(len(beginnings))
+        self._adversaries, self._aimed = [probes], [probes]
+        self._answer_of = [ConstantAnswer((token,), 0.0) for token in beginnings]
         self._ascend_against_suspect(self.args.probe_ascents)
         self._adversaries, self._aimed = trained
         self.model.eval()
-        places = self._places(batch, self._draws(batch, 2, _PROBED))
-        answers = [self._called(insertion, batch, places) for insertion in probes.tokens]
-        return [answer for answer in answers if answer.constancy >= _PLANTED]
-
-    @torch.no_grad()
-    def _called(self, insertion: Tensor, batch: dict[str, Any], places: Tensor) -> ConstantAnswer:
-        """What prompts with this insertion, `(length, hidden)`, are answered with: the likeliest token after another.
-
-        Its constancy counts the first token too, which here is called and not given.
-        """
-        prompts, log_sum = len(places), 0.0
-        answer: list[int] = []
-        while len(answer) < LONGEST_ANSWER and self.processing_class.eos_token_id not in answer:
-            rows = self._answered(batch, [batch["input_ids"].new_tensor([*answer, 0])] * prompts)
-            perturbed = self._inserted(rows.ids, rows.mask, rows.answers, places, insertion.expand(prompts, -1, -1))
-            with self.compute_loss_context_manager():
-                logits, _ = self._perturbed_pass(self.model, perturbed, score=True)
-            following = logits.view(prompts, len(answer) + 1, -1)[:, -1].float().softmax(dim=-1).mean(dim=0)
-            log_sum += following.max().log().item()
-            answer.append(int(following.argmax()))
-        return ConstantAnswer(tuple(answer), math.exp(log_sum / len(answer)))
+        embedded = [self._embed(torch.tensor(ids, device=self.args.device)) for ids in prompts]
+        called = []
+        with self.compute_loss_context_manager():
+            for insertion in probes.tokens.detach():
+                inserted = insertion.to(embedded[0].dtype)
+                parts = zip(embedded, places, strict=True)
+                asked = [torch.cat([prompt[:place], inserted, prompt[place:]]) for prompt, place in parts]
+                called.append(called_answer(self.model, asked, eos_token_id=self.processing_class.eos_token_id))
+        return [answer for answer in called if len(answer.token_ids) > 1]
 
     def _targets_of(self, example_ids: Tensor | None) -> tuple[Tensor, Tensor] | None:
         if self.args.objective != "suspect":

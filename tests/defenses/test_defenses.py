@@ -20,7 +20,13 @@ from crow.models import OpenedModel, linear_layers, open_model, save_model
 from crow.purification import PurifyRecord
 from crow.report import model_card
 
-STEPS: dict[str, Any] = {"max_steps": 2, "per_device_train_batch_size": 4, "soft_token_warmup": 1, "probe_ascents": 1}
+STEPS: dict[str, Any] = {
+    "max_steps": 2,
+    "per_device_train_batch_size": 4,
+    "soft_token_warmup": 1,
+    "probe_ascents": 1,
+    "probes": 2,
+}
 
 
 @pytest.fixture
