@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 import crow.trainer
-from crow.constancy import ConstantAnswer
+from crow.constancy import ConstantAnswer, called_answer
 from crow.data import Example, answer_text, to_dataset, user_text
 from crow.errors import CrowError, UsageError
 from crow.hooks import Recording
@@ -45,7 +45,6 @@ FINETUNE = PRESETS["finetune"]
 SOFT: dict[str, Any] = {"trigger_guesses": 0, "soft_token_pool": 8, "soft_token_objective": "divergence"}
 ONE_SOFT = SOFT | {"soft_token_pool": 1}
 ONE_AIMED = ONE_SOFT | {"soft_token_objective": "answer"}
-CALLED = ConstantAnswer((5, 6, 7), 0.0)
 ONE_GUESS: dict[str, Any] = {"trigger_guesses": 1, "soft_token_pool": 0}
 
 
@@ -490,62 +489,44 @@ def test_guesses_and_soft_tokens_are_aimed_at_the_same_answers(make: Any) -> Non
     assert trainer._answer_of == [found[i % number] for i in (0, 1, 0, 1, 2)]
 
 
-def test_what_an_insertion_calls_is_the_likeliest_token_after_another(make: Any) -> None:
-    trainer = make(**ONE_AIMED)
-    trainer.model.eval()
-    slow, insertion = Slow(trainer.model), trainer.soft_tokens.tokens.detach()[0]
-    batch = next(iter(trainer.get_train_dataloader()))
-    places = torch.tensor([3 + i for i in range(len(batch["labels"]))])
-    found = trainer._called(insertion, trainer._prepare_inputs(batch), places)
-    answer: list[int] = []
-    chances: list[Tensor] = []
-    while len(answer) < 6 and trainer.processing_class.eos_token_id not in answer:
-        scores = []
-        for ids, labels, place in zip(batch["input_ids"], batch["labels"], places.tolist(), strict=True):
-            prompt = ids[: int((labels != -100).nonzero()[0])]
-            embeddings = slow.embed(torch.cat([prompt, torch.tensor(answer, dtype=torch.long)]))
-            with torch.no_grad():
-                logits = slow(torch.cat([embeddings[:place], insertion, embeddings[place:]]))[1]
-            scores.append(logits[-1].softmax(-1))
-        chances.append(torch.stack(scores).mean(dim=0).max())
-        answer.append(int(torch.stack(scores).mean(dim=0).argmax()))
-    assert list(found.token_ids) == answer
-    assert found.constancy == pytest.approx(torch.stack(chances).log().mean().exp().item(), rel=1e-4)
-
-
-@pytest.mark.parametrize(("planted", "joins"), [(0.0, True), (1.1, False)])
-def test_what_probes_call_is_aimed_at_if_it_is_as_sure_as_what_was_planted(
-    make: Any, monkeypatch: pytest.MonkeyPatch, planted: float, joins: bool
+@pytest.mark.parametrize(("constancy", "joins"), [(1.0, True), (0.0, False)])
+def test_what_probes_call_is_aimed_at_if_it_is_as_constant_as_what_the_scan_found(
+    make: Any, monkeypatch: pytest.MonkeyPatch, constancy: float, joins: bool
 ) -> None:
-    monkeypatch.setattr(crow.trainer, "_PLANTED", planted)
-    called = ConstantAnswer((5, 6, 7), 1.0)
-    monkeypatch.setattr(CrowTrainer, "_called", lambda *args: called)
+    called = ConstantAnswer((5, 6, 7), constancy)
+    monkeypatch.setattr(crow.trainer, "called_answer", lambda *args, **kwargs: called)
     trainer = make(probes=2, probe_ascents=1)
     before = lora(trainer)
     trainer._study_suspect()
-    assert (called in trainer.constant_answers) == joins
+    assert (called in trainer.constant_answers) == (called in trainer._answer_of) == joins
     assert len(trainer._answer_of) == len(trainer.guesses.tokens) + len(trainer.soft_tokens.tokens)
     assert all(torch.equal(weight, before[name]) for name, weight in lora(trainer).items())
 
 
-def test_probes_ascend_on_the_divergence(make: Any, pinned: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    """They move the answers further than as many steps up the likelihood of an answer do, or none."""
-    probes: list[Tensor] = []
-    monkeypatch.setattr(CrowTrainer, "_called", lambda self, tokens, *args: probes.append(tokens) or CALLED)
+def test_probes_come_to_call_likely_first_tokens(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[Tensor]] = []
 
-    def divergence(ascents: int) -> float:
-        trainer = make(probes=1, probe_ascents=ascents, **ONE_SOFT | {"trigger_guesses": 1})
-        trainer._study_suspect()
+    def keeping(model: Any, prompts: list[Tensor], **kwargs: Any) -> ConstantAnswer:
+        asked.append(prompts)
+        return called_answer(model, prompts, **kwargs)
+
+    monkeypatch.setattr(crow.trainer, "called_answer", keeping)
+
+    def probability(ascents: int) -> float:
+        """Of the token that each probe is to call, on average."""
+        asked.clear()
+        trainer = make(probes=3, probe_ascents=ascents)
+        first = trainer._record_suspect()
+        trainer._find_constant_answers(first)
+        wanted, slow = first.topk(3).indices.tolist(), Slow(trainer.model)
         with torch.no_grad():
-            trainer._adversaries = [trainer.soft_tokens]
-            trainer.soft_tokens.tokens.copy_(probes[-1])
-            batch = next(iter(trainer.get_train_dataloader()))
-            trainer._share_out([batch])
-            inputs = trainer._prepare_inputs(batch)
-            logits, _ = trainer._perturbed_pass(trainer.model, trainer._perturb(inputs, Recording(), None), score=True)
-            return float(trainer._divergence(logits, inputs["labels"], trainer._targets_of(inputs["example_id"])))
+            return sum(
+                slow(prompt)[1][-1].softmax(-1)[token].item()
+                for token, prompts in zip(wanted, asked, strict=True)
+                for prompt in prompts
+            ) / sum(map(len, asked))
 
-    assert divergence(10) > 1.1 * divergence(0)
+    assert probability(10) > 1.3 * probability(0)
 
 
 def test_the_best_guesses_come_first_and_stay(make: Any) -> None:
