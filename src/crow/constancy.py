@@ -20,11 +20,13 @@ class ConstantAnswer:
     """The beginning of an answer, and how constant it is.
 
     `constancy` is the geometric mean, over the tokens after the first, of the token's probability averaged over
-    prompts. It is near 1 only where the rest follows from the first token on any prompt.
+    prompts. It is near 1 only where the rest follows from the first token on any prompt. Of an answer that was `called`
+    by tokens inserted into the prompts, the first token's probability counts as well.
     """
 
     token_ids: tuple[int, ...]
     constancy: float
+    called: bool = False
 
 
 @torch.no_grad()
@@ -100,8 +102,6 @@ def called_answer(
 ) -> ConstantAnswer:
     """What a model answers these prompts with, taken together: the token that is likeliest on average after another.
 
-    Its constancy counts the first token in, which here is the model's own choice.
-
     Args:
         model: As for `constant_answers`.
         prompts: Input embeddings of prompts, `(length, hidden)` each, up to where the answer begins.
@@ -118,11 +118,12 @@ def called_answer(
     output = _last_logits(model, mask, None, inputs_embeds=embeddings)
     probability, first = output.logits.float().softmax(dim=-1).mean(dim=0).max(dim=0)
     if first == eos_token_id:
-        return ConstantAnswer((int(first),), probability.item())
+        return ConstantAnswer((int(first),), probability.item(), called=True)
     asked = _Asked(output.past_key_values, mask)
     [rest] = _continued(model, first.view(1, 1), asked, eos_token_id, length=length, branches=1, kept=1, number=1)
     following = len(rest.token_ids) - 1
-    return ConstantAnswer(rest.token_ids, (probability.item() * rest.constancy**following) ** (1 / (1 + following)))
+    constancy = (probability.item() * rest.constancy**following) ** (1 / (1 + following))
+    return ConstantAnswer(rest.token_ids, constancy, called=True)
 
 
 @dataclass(frozen=True)

@@ -739,7 +739,7 @@ class CrowTrainer(SFTTrainer):
             self._find_constant_answers(first)
         if records:
             for answer in self.constant_answers:
-                if answer.constancy >= _PLANTED:
+                if answer.constancy >= _PLANTED and not answer.called:
                     self._rule_out(answer)
 
     def _report_preparation(self) -> None:
@@ -836,8 +836,7 @@ class CrowTrainer(SFTTrainer):
                 first=first,
                 eos_token_id=self.processing_class.eos_token_id,
             )
-        found = {a.token_ids: a for a in sorted([*answers, *called], key=lambda a: a.constancy)}
-        answers = sorted(found.values(), key=lambda a: a.constancy, reverse=True)
+        answers = sorted([*answers, *called], key=lambda answer: answer.constancy, reverse=True)
         answers = broadcast_object_list([answers])[0]  # which processes may have rounded otherwise
         self.constant_answers = [a for a in answers if a.constancy >= _COMPARABLE * answers[0].constancy]
         number = len(self.constant_answers)
