@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,11 @@ def test_help_takes_half_a_second_at_most() -> None:
     assert min(seconds) < 0.5
 
 
+def test_the_version_is_the_installed_one(run: Run) -> None:
+    result = run("--version")
+    assert (result.exit_code, result.stdout) == (0, version("crow-llm") + "\n")
+
+
 def test_help_imports_no_heavy_library() -> None:
     code = """if True:
         import sys
@@ -117,7 +123,7 @@ def test_help_imports_no_heavy_library() -> None:
             pass
         print(sorted({"torch", "transformers", "datasets", "trl", "peft", "scipy", "matplotlib"} & sys.modules.keys()))
     """
-    for arguments in ([], ["--help"], ["purify", "--help"]):
+    for arguments in ([], ["--help"], ["--version"], ["purify", "--help"]):
         output = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
         assert output.stdout.splitlines()[-1] == "[]"
 

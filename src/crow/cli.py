@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
+from importlib.metadata import version as installed_version
 from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -57,6 +58,20 @@ TriggerName = Annotated[
         "vpi:phrase=TEXT, mtba:triggers=badnets+vpi, ctba:words=WORD+WORD."
     ),
 ]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(installed_version("crow-llm"))
+        raise typer.Exit
+
+
+@app.callback()
+def _whole(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None: ...
 
 
 @app.command(epilog="Example: crow purify ./suspect-adapter --clean my_data.jsonl --out purified --merge")
