@@ -29,18 +29,9 @@ from crow.files import write_jsonl
 pytestmark = pytest.mark.usefixtures("float32")
 
 COMMANDS = ("purify", "evaluate", "implant", "report", "demo", "info", "defenses", "bench")
-QUICK = (
-    "--examples",
-    "8",
-    "--epochs",
-    "1",
-    "--batch-size",
-    "4",
-    "--set",
-    "soft_token_warmup=1",
-    "--set",
-    "probe_ascents=1",
-)
+SHORT = ("--examples", "8", "--epochs", "1", "--batch-size", "4")
+QUICK = (*SHORT, "--set", "soft_token_warmup=1", "--set", "probe_ascents=1")
+"""SHORT, of the default."""
 
 Run = Callable[..., Result]
 
@@ -205,7 +196,7 @@ def test_another_defense_runs_and_is_measured(run: Run, adapter_folder: Path, cl
     assert "set to zero" in (tmp_path / "pruned" / "README.md").read_text()
     fails(run("evaluate", "pruned", "--prompts", clean), 2, "pruned was trained on 8 of the 24 prompts")
 
-    result = run("purify", adapter_folder, "--clean", clean, "--defense", "finetune", *QUICK, "--out", "tuned")
+    result = run("purify", adapter_folder, "--clean", clean, "--defense", "finetune", *SHORT, "--out", "tuned")
     assert result.exit_code == 0, result.output
     assert (tmp_path / "tuned" / "adapter_model.safetensors").is_file()
 
@@ -293,6 +284,8 @@ def test_broken_data_is_named_with_its_line(
         (["--alpha", "-2"], "alpha is -2.0; it must be positive"),
         (["--beta", "0"], "beta is 0.0; it must be positive"),
         (["--epsilon", "nan"], "epsilon is nan; it must be positive"),
+        (["--epsilon", "0.2"], "epsilon is not read while perturbation is inserted: choose sign, as preset 'paper'"),
+        (["--defense", "finetune", "--alpha", "2"], "alpha is not read while perturbation is none"),
         (["--preset", "magic"], "unknown preset 'magic'; known are default, paper"),
         (["--lora", "both"], "lora is 'both'; choose continue or fresh"),
         (["--set", "no_such_thing=1"], "no such setting: no_such_thing"),
@@ -316,7 +309,7 @@ def test_bad_settings_are_named(
 def test_a_setting_that_has_its_own_option_is_taken_or_refused(
     run: Run, llama_folder: Path, clean: Path, pair: str
 ) -> None:
-    result = run("purify", llama_folder, "--clean", clean, *QUICK, "--set", pair)
+    result = run("purify", llama_folder, "--clean", clean, *SHORT, "--set", pair)
     if result.exit_code:
         fails(result, 2, pair.partition("=")[0])
 
@@ -835,7 +828,7 @@ def test_an_evaluation_that_was_stopped_between_its_files_goes_on(run: Run, llam
 
 def test_a_loss_that_is_not_finite_is_one_line(run: Run, llama_folder: Path, clean: Path, tmp_path: Path) -> None:
     options = ("--preset", "finetune", "--learning-rate", "1e30", "--set", "warmup_steps=0", "--set", "save_steps=1")
-    fails(run("purify", llama_folder, "--clean", clean, *QUICK, *options), 1, "try a lower learning rate")
+    fails(run("purify", llama_folder, "--clean", clean, *SHORT, *options), 1, "try a lower learning rate")
     assert not (tmp_path / "purified").exists()
 
 

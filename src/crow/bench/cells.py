@@ -190,7 +190,7 @@ class Defend(Cell):
         return sample(examples(self.clean or "clean"), self.candidate.examples or self.examples, self.seed)
 
     def _settings(self) -> dict[str, Any]:
-        return self.training | self.candidate.settings if self.candidate.trains else {}
+        return self.candidate.training(self.training) if self.candidate.trains else {}
 
     def facts(self) -> dict[str, Any]:
         defaults = {f.name: f.default for f in fields(CrowConfig) if f.name in CrowConfig.__annotations__}
