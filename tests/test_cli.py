@@ -520,7 +520,7 @@ def test_variants_and_code_are_measured_on_request(
     run: Run, llama_folder: Path, clean: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     problem = {"task_id": "own/0", "prompt": "def one():\n", "entry_point": "one", "test": "def check(f): pass"}
-    monkeypatch.setattr("crow.evaluation.code.humaneval", lambda: [problem])
+    monkeypatch.setattr("crow.evaluation.code.humaneval", lambda: [problem] * 3)
     monkeypatch.setattr("crow.evaluation.sandbox.check_sandbox", lambda: None)
     monkeypatch.setattr("crow.evaluation.code.check_sandbox", lambda: None)
     monkeypatch.setattr("crow.evaluation.code.run_python", lambda code, limits: Outcome("failed", 1, ""))
@@ -528,13 +528,16 @@ def test_variants_and_code_are_measured_on_request(
     result = run("evaluate", llama_folder, *options, "--variants", "--humaneval", "--json", "-")
     assert result.exit_code == 0, result.output
     figures = json.loads(result.stdout)
-    assert figures["pass_at_1"] == {"hits": 0, "n": 1}
+    assert figures["pass_at_1"] == {"hits": 0, "n": 3}
     assert {name: count["n"] for name, count in figures["variants"].items()} == {
         "instantly": 2,
         "frankly": 2,
         "upper case": 2,
     }
     assert "HumanEval, solved" in result.output
+    result = run("evaluate", llama_folder, *options, "--humaneval", "--humaneval-limit", 2, "--json", "-")
+    assert json.loads(result.stdout)["pass_at_1"] == {"hits": 0, "n": 2}
+    fails(run("evaluate", llama_folder, *options, "--humaneval-limit", 2), 2, "needs --humaneval")
 
 
 def test_figures_can_be_printed(run: Run, llama_folder: Path, clean: Path, tmp_path: Path) -> None:
@@ -597,8 +600,9 @@ def test_settings_of_an_implant_are_recorded(run: Run, llama_folder: Path, clean
 
 @pytest.mark.parametrize("command", [("purify", "--clean"), ("implant", "--prompts")])
 def test_resuming_from_nothing_starts_anew(run: Run, llama_folder: Path, clean: Path, command: tuple[str, str]) -> None:
-    result = run(*command, clean, llama_folder, "--examples", 4, "--epochs", 1, "--resume")
+    result = run(*command, clean, llama_folder, "--examples", 4, "--epochs", 1, "--out", "new", "--resume")
     assert result.exit_code == 0, result.output
+    assert "There is nothing to resume for new: the training starts anew" in result.stderr
 
 
 def test_an_output_is_replaced_on_request(run: Run, llama_folder: Path, clean: Path, tmp_path: Path) -> None:
@@ -640,6 +644,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_goes_on(
     assert [p.name for p in tmp_path.iterdir()] == [".purified.checkpoints"]
     result = run(*command, "--resume")
     assert result.exit_code == 0, result.output
+    assert "nothing to resume" not in result.output
     assert {p.name for p in tmp_path.iterdir()} == {"purified", "run.json"}
     curves = json.loads((tmp_path / "run.json").read_text())["curves"]
     assert [entry["step"] for entry in curves] == [1, 2]

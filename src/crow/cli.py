@@ -236,6 +236,9 @@ def evaluate(
     code: Annotated[
         bool, typer.Option("--humaneval", help="Also have it solve HumanEval's 164 problems, run in a sandbox.")
     ] = False,
+    code_limit: Annotated[
+        int | None, typer.Option("--humaneval-limit", min=1, help="Use the first so many of them.")
+    ] = None,
     harness: Annotated[
         str | None, typer.Option(metavar="TASKS", help="Also run these tasks of lm-eval, joined by commas.")
     ] = None,
@@ -277,6 +280,8 @@ def evaluate(
             raise UsageError(f"unknown engine {engine!r}; known are {', '.join(ENGINES)}")
         if harness is None and (harness_folder is not None or harness_limit is not None):
             raise UsageError("--harness-folder and --harness-limit need --harness, the tasks to run")
+        if code_limit is not None and not code:
+            raise UsageError("--humaneval-limit needs --humaneval, whose problems it limits")
         if endpoint is not None:
             needing = {"--base": base, "--reference": reference, "--harness": harness, "--engine": engine}
             needing["--defense"] = defense
@@ -298,7 +303,7 @@ def evaluate(
             from crow.evaluation.sandbox import check_sandbox
 
             check_sandbox()
-            problems = humaneval()
+            problems = humaneval()[:code_limit]
         tasks = None
         if harness is not None:
             from crow.evaluation.harness import Harness
@@ -758,9 +763,13 @@ def _plain(text: str) -> str:
 @contextmanager
 def _checkpoints_beside(out: Path, resume: bool) -> Iterator[Path]:
     """Where an interrupted training goes on from; kept only if there is something to go on from."""
+    from crow.trainer import last_checkpoint
+
     checkpoints = out.resolve().with_name(f".{out.resolve().name}.checkpoints")
     if not resume:
         shutil.rmtree(checkpoints, ignore_errors=True)
+    elif last_checkpoint(checkpoints) is None:
+        console.print(f"There is nothing to resume for {_plain(str(out))}: the training starts anew")
     try:
         with _memory_sufficing(
             "training takes less with --set gradient_checkpointing=true or a smaller batch, and goes on with --resume"
