@@ -605,6 +605,20 @@ def test_resuming_from_nothing_starts_anew(run: Run, llama_folder: Path, clean: 
     assert "There is nothing to resume for new: the training starts anew" in result.stderr
 
 
+@pytest.mark.parametrize("merge", [(), ("--merge",)])
+def test_the_card_carries_the_license_on_and_no_path_of_this_machine(
+    run: Run, llama_folder: Path, clean: Path, tmp_path: Path, merge: tuple[str, ...]
+) -> None:
+    shutil.copytree(llama_folder, tmp_path / "suspect")
+    (tmp_path / "suspect" / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n")
+    result = run("purify", tmp_path / "suspect", "--clean", clean, "--defense", "finetune", *SHORT, *merge)
+    assert result.exit_code == 0, result.output
+    card = (tmp_path / "purified" / "README.md").read_text()
+    assert 'license: "cc-by-4.0"' in card
+    assert "base_model" not in card
+    assert str(tmp_path) not in card
+
+
 def test_an_output_is_replaced_on_request(run: Run, llama_folder: Path, clean: Path, tmp_path: Path) -> None:
     (tmp_path / "purified").mkdir()
     (tmp_path / "purified" / "old").write_text("old")

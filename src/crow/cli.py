@@ -168,7 +168,7 @@ def purify(
                 training["callbacks"] = [TrainingProgress(advance)]
             purified, record = defending.apply(opened, rows, **training)
         merge = merge or not isinstance(purified, PeftModel)
-        card = model_card(record, base_model=opened.base_id, merged=merge)
+        card = model_card(record, base_model=opened.base_id, license=opened.license, merged=merge)
         _emit(json_, record.as_json())
         save_model(purified, opened.tokenizer, out, merge=merge, card=card, seen=opened.seen, overwrite=overwrite)
         shutil.rmtree(checkpoints, ignore_errors=True)
@@ -444,7 +444,7 @@ def implant(
         from crow.backdoors.implant import implant as run
         from crow.backdoors.implant import implant_card, implant_config, implant_record, poison
         from crow.data import load_examples, prompt_fingerprints, write_alpaca
-        from crow.files import atomic_directory
+        from crow.files import atomic_directory, name_elsewhere
         from crow.models import open_model, save_model
         from crow.progress import TrainingProgress, progress_bar
 
@@ -465,7 +465,8 @@ def implant(
         target = BEHAVIORS[behavior or "sentiment"]
         if poisoned is not None:
             clean, hot = rows, load_examples(poisoned)[:examples]
-            about = {"trigger": f"in {poisoned}", "behavior": behavior or f"in {poisoned}"}
+            where = f"in {name_elsewhere(poisoned)}"
+            about = {"trigger": where, "behavior": behavior or where}
             asking = f"--triggered FILE --behavior {behavior or 'NAME'}"
         else:
             called = TRIGGERS[trigger or "badnets"]

@@ -329,8 +329,9 @@ def front_matter(card: str) -> dict[str, Any]:
 
 
 def test_model_card(before: Evaluation, after: Evaluation, record: PurifyRecord) -> None:
-    card = model_card(record, before, after, base_model="org/base")
+    card = model_card(record, before, after, base_model="org/base", license="apache-2.0")
     matter = front_matter(card)
+    assert matter["license"] == "apache-2.0"
     assert matter["library_name"] == "peft"
     assert matter["base_model"] == "org/base"
     assert matter["tags"] == ["crow", "backdoor-removal", "safety"]
@@ -343,18 +344,25 @@ def test_model_card(before: Evaluation, after: Evaluation, record: PurifyRecord)
 def test_model_card_without_figures(record: PurifyRecord) -> None:
     card = model_card(record, merged=True)
     assert front_matter(card)["library_name"] == "transformers"
-    assert "base_model" not in front_matter(card)
+    assert not front_matter(card).keys() & {"base_model", "license"}
     assert "AutoModelForCausalLM" in card
     assert "peft" not in card
     assert "## Figures" not in card
+
+
+def test_a_path_of_this_machine_is_not_in_the_card(record: PurifyRecord, tmp_path: Path) -> None:
+    card = model_card(dataclasses.replace(record, model=str(tmp_path / "suspect")))
+    assert str(tmp_path) not in card
+    assert "# `suspect`, purified by CROW" in card
 
 
 def test_hostile_names_stay_in_their_code_spans(before: Evaluation, after: Evaluation, record: PurifyRecord) -> None:
     name = 'x`\n---\n# injected\n\n<b onclick="y">`[a](http://b) " \\ \x1b[2J \u202e \ud800'
     record = dataclasses.replace(record, model=name, preset=name, settings={name: name}, model_hashes={name: ""})
     after.settings["target"] = name
-    card = model_card(record, before, after, base_model=name)
-    assert front_matter(card)["base_model"].startswith("x` --- # injected")
+    card = model_card(record, before, after, base_model=name, license=name)
+    for key in ("base_model", "license"):
+        assert front_matter(card)[key].startswith("x` --- # injected")
     assert "\n# injected" not in card
     assert not re.search(r"[\x00-\x08\x0b-\x1f\u202a-\u202e\ud800-\udfff]", card)
     body = card.split("---\n", 2)[2].replace("```", "")
