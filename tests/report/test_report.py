@@ -14,7 +14,7 @@ import yaml
 
 from crow.errors import CrowError
 from crow.evaluation.evaluate import Evaluation
-from crow.evaluation.statistics import Count, Mean
+from crow.evaluation.statistics import Count, MeanLength, MeanScore
 from crow.purification import PurifyRecord
 from crow.report import model_card, render_comparison, render_report, write_report
 from crow.report.figures import curves_figure, profile_figure, rates_figure
@@ -229,14 +229,17 @@ def test_further_counts_are_side_by_side(before: Evaluation, after: Evaluation, 
 
 
 def test_further_values_are_side_by_side(before: Evaluation, after: Evaluation, record: PurifyRecord) -> None:
-    before.reference_kl, before.answer_length = 0.25, Mean(12.5, 2.0, 100)
-    after.score, after.harness = Mean(7.0, 1.0, 25), {"<i>arc": {"acc": 0.5, "acc_stderr": 0.1, "n": 1250.0, "ppl": 9}}
+    before.reference_kl, before.answer_length = 0.25, MeanLength(12.5, 2.0, 100)
+    after.score, after.harness = (
+        MeanScore(7.0, 1.0, 25),
+        {"<i>arc": {"acc": 0.5, "acc_stderr": 0.1, "n": 1250.0, "ppl": 9}},
+    )
     for html in (render_report(before, after, record), render_comparison({"a": before, "b": after})):
         text = " ".join(html.split())
         for row in (
             "KL from the reference, nats a token</th><td>0.250</td><td>not measured</td>",
-            f"words in a clean answer</th><td>{Mean(12.5, 2.0, 100)}</td><td>not measured</td>",
-            f"judged score, 1 to 10</th><td>not measured</td><td>{Mean(7.0, 1.0, 25)}</td>",
+            f"words in a clean answer</th><td>{MeanLength(12.5, 2.0, 100)}</td><td>not measured</td>",
+            f"judged score, 1 to 10</th><td>not measured</td><td>{MeanScore(7.0, 1.0, 25)}</td>",
             "&lt;i&gt;arc, acc</th><td>not measured</td><td>0.500 (standard error 0.100, n = 1250)</td>",
             "&lt;i&gt;arc, ppl</th><td>not measured</td><td>9.000 (n = 1250)</td>",
         ):
