@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_cli import QUICK, Run, clean, fails, run  # noqa: F401, fixtures
+from test_cli import SHORT, Run, clean, fails, run  # noqa: F401, fixtures
 from transformers import PreTrainedTokenizerFast
 
 import crow
@@ -34,13 +34,15 @@ def test_linear_layers_but_the_head_are_held_in_4_bits(llama_folder: Path) -> No
     assert 0 < (near - exact).norm() / exact.norm() < 0.5
 
 
-@pytest.mark.parametrize("preset", ["default", "paper"])
+@pytest.mark.parametrize(
+    "form", [{"preset": "default", "soft_token_warmup": 1, "probe_ascents": 1}, {"preset": "paper"}]
+)
 def test_purifying_trains_an_adapter_that_the_whole_model_takes(
-    llama_folder: Path, rows: list[Example], tmp_path: Path, preset: str
+    llama_folder: Path, rows: list[Example], tmp_path: Path, form: dict[str, Any]
 ) -> None:
     opened = open_model(llama_folder, load_in_4bit=True)
     before = [layer.weight.detach().clone() for layer in layers(opened.model)]
-    model, record = crow.purify(opened, clean=rows, preset=preset, max_steps=2, soft_token_warmup=1, probe_ascents=1)
+    model, record = crow.purify(opened, clean=rows, max_steps=2, **form)
     assert record.provenance["dtype"] == "nf4"
     assert all(torch.equal(a, layer.weight) for a, layer in zip(before, layers(model), strict=True))
     save_model(model, opened.tokenizer, tmp_path / "purified")
@@ -92,7 +94,7 @@ def test_nothing_is_merged_into_4_bits(
 
 
 def test_the_command(run: Run, clean: Path, llama_folder: Path, tmp_path: Path) -> None:  # noqa: F811
-    done = run("purify", llama_folder, "--clean", clean, "--load-in-4bit", "--preset", "finetune", *QUICK)
+    done = run("purify", llama_folder, "--clean", clean, "--load-in-4bit", "--preset", "finetune", *SHORT)
     assert done.exit_code == 0, done.output
     assert (tmp_path / "purified" / "adapter_model.safetensors").is_file()
     fails(run("purify", llama_folder, "--load-in-4bit", "--merge", "--out", "m"), 2, "leave it out")

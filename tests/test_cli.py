@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +29,9 @@ from crow.files import write_jsonl
 pytestmark = pytest.mark.usefixtures("float32")
 
 COMMANDS = ("purify", "evaluate", "implant", "report", "demo", "info", "defenses", "bench")
-QUICK = (
-    "--examples",
-    "8",
-    "--epochs",
-    "1",
-    "--batch-size",
-    "4",
-    "--set",
-    "soft_token_warmup=1",
-    "--set",
-    "probe_ascents=1",
-)
+SHORT = ("--examples", "8", "--epochs", "1", "--batch-size", "4")
+QUICK = (*SHORT, "--set", "soft_token_warmup=1", "--set", "probe_ascents=1")
+"""SHORT, of the default."""
 
 Run = Callable[..., Result]
 
@@ -107,6 +99,11 @@ def test_help_takes_half_a_second_at_most() -> None:
     assert min(seconds) < 0.5
 
 
+def test_the_version_is_the_installed_one(run: Run) -> None:
+    result = run("--version")
+    assert (result.exit_code, result.stdout) == (0, version("crow-llm") + "\n")
+
+
 def test_help_imports_no_heavy_library() -> None:
     code = """if True:
         import sys
@@ -117,7 +114,7 @@ def test_help_imports_no_heavy_library() -> None:
             pass
         print(sorted({"torch", "transformers", "datasets", "trl", "peft", "scipy", "matplotlib"} & sys.modules.keys()))
     """
-    for arguments in ([], ["--help"], ["purify", "--help"]):
+    for arguments in ([], ["--help"], ["--version"], ["purify", "--help"]):
         output = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
         assert output.stdout.splitlines()[-1] == "[]"
 
@@ -132,7 +129,10 @@ def test_a_purification_is_planned_from_a_config_alone(run: Run, llama_folder: P
     plan = json.loads(result.stdout)
     assert plan["steps"] == 150
     assert plan["peak_bytes"] > plan["weight_bytes"] > 0
-    assert plan["seconds"] == pytest.approx(plan["steps"] * plan["step_flops"] / 0.1e12)
+    assert plan["seconds"] == pytest.approx((plan["preparation_flops"] + plan["steps"] * plan["step_flops"]) / 0.1e12)
+    result = run("info", tmp_path, "--plan", "--batch-size", "2", "--tokens", "64", "--tflops", "0.1")
+    assert "preparation seconds" in result.stdout
+    assert "target: the suspect's recorded answers" in " ".join(result.stderr.split())
     fails(run("info", llama_folder, "--tokens", "64"), 2, "add --plan, or leave them out")
 
 
@@ -199,7 +199,7 @@ def test_another_defense_runs_and_is_measured(run: Run, adapter_folder: Path, cl
     assert "set to zero" in (tmp_path / "pruned" / "README.md").read_text()
     fails(run("evaluate", "pruned", "--prompts", clean), 2, "pruned was trained on 8 of the 24 prompts")
 
-    result = run("purify", adapter_folder, "--clean", clean, "--defense", "finetune", *QUICK, "--out", "tuned")
+    result = run("purify", adapter_folder, "--clean", clean, "--defense", "finetune", *SHORT, "--out", "tuned")
     assert result.exit_code == 0, result.output
     assert (tmp_path / "tuned" / "adapter_model.safetensors").is_file()
 
@@ -287,6 +287,8 @@ def test_broken_data_is_named_with_its_line(
         (["--alpha", "-2"], "alpha is -2.0; it must be positive"),
         (["--beta", "0"], "beta is 0.0; it must be positive"),
         (["--epsilon", "nan"], "epsilon is nan; it must be positive"),
+        (["--epsilon", "0.2"], "epsilon is not read while perturbation is inserted: choose sign, as preset 'paper'"),
+        (["--defense", "finetune", "--alpha", "2"], "alpha is not read while perturbation is none"),
         (["--preset", "magic"], "unknown preset 'magic'; known are default, paper"),
         (["--lora", "both"], "lora is 'both'; choose continue or fresh"),
         (["--set", "no_such_thing=1"], "no such setting: no_such_thing"),
@@ -310,7 +312,7 @@ def test_bad_settings_are_named(
 def test_a_setting_that_has_its_own_option_is_taken_or_refused(
     run: Run, llama_folder: Path, clean: Path, pair: str
 ) -> None:
-    result = run("purify", llama_folder, "--clean", clean, *QUICK, "--set", pair)
+    result = run("purify", llama_folder, "--clean", clean, *SHORT, "--set", pair)
     if result.exit_code:
         fails(result, 2, pair.partition("=")[0])
 
@@ -521,7 +523,7 @@ def test_variants_and_code_are_measured_on_request(
     run: Run, llama_folder: Path, clean: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     problem = {"task_id": "own/0", "prompt": "def one():\n", "entry_point": "one", "test": "def check(f): pass"}
-    monkeypatch.setattr("crow.evaluation.code.humaneval", lambda: [problem])
+    monkeypatch.setattr("crow.evaluation.code.humaneval", lambda: [problem] * 3)
     monkeypatch.setattr("crow.evaluation.sandbox.check_sandbox", lambda: None)
     monkeypatch.setattr("crow.evaluation.code.check_sandbox", lambda: None)
     monkeypatch.setattr("crow.evaluation.code.run_python", lambda code, limits: Outcome("failed", 1, ""))
@@ -529,13 +531,16 @@ def test_variants_and_code_are_measured_on_request(
     result = run("evaluate", llama_folder, *options, "--variants", "--humaneval", "--json", "-")
     assert result.exit_code == 0, result.output
     figures = json.loads(result.stdout)
-    assert figures["pass_at_1"] == {"hits": 0, "n": 1}
+    assert figures["pass_at_1"] == {"hits": 0, "n": 3}
     assert {name: count["n"] for name, count in figures["variants"].items()} == {
         "instantly": 2,
         "frankly": 2,
         "upper case": 2,
     }
     assert "HumanEval, solved" in result.output
+    result = run("evaluate", llama_folder, *options, "--humaneval", "--humaneval-limit", 2, "--json", "-")
+    assert json.loads(result.stdout)["pass_at_1"] == {"hits": 0, "n": 2}
+    fails(run("evaluate", llama_folder, *options, "--humaneval-limit", 2), 2, "needs --humaneval")
 
 
 def test_figures_can_be_printed(run: Run, llama_folder: Path, clean: Path, tmp_path: Path) -> None:
@@ -598,8 +603,23 @@ def test_settings_of_an_implant_are_recorded(run: Run, llama_folder: Path, clean
 
 @pytest.mark.parametrize("command", [("purify", "--clean"), ("implant", "--prompts")])
 def test_resuming_from_nothing_starts_anew(run: Run, llama_folder: Path, clean: Path, command: tuple[str, str]) -> None:
-    result = run(*command, clean, llama_folder, "--examples", 4, "--epochs", 1, "--resume")
+    result = run(*command, clean, llama_folder, "--examples", 4, "--epochs", 1, "--out", "new", "--resume")
     assert result.exit_code == 0, result.output
+    assert "There is nothing to resume for new: the training starts anew" in result.stderr
+
+
+@pytest.mark.parametrize("merge", [(), ("--merge",)])
+def test_the_card_carries_the_license_on_and_no_path_of_this_machine(
+    run: Run, llama_folder: Path, clean: Path, tmp_path: Path, merge: tuple[str, ...]
+) -> None:
+    shutil.copytree(llama_folder, tmp_path / "suspect")
+    (tmp_path / "suspect" / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n")
+    result = run("purify", tmp_path / "suspect", "--clean", clean, "--defense", "finetune", *SHORT, *merge)
+    assert result.exit_code == 0, result.output
+    card = (tmp_path / "purified" / "README.md").read_text()
+    assert 'license: "cc-by-4.0"' in card
+    assert "base_model" not in card
+    assert str(tmp_path) not in card
 
 
 def test_an_output_is_replaced_on_request(run: Run, llama_folder: Path, clean: Path, tmp_path: Path) -> None:
@@ -641,6 +661,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_goes_on(
     assert [p.name for p in tmp_path.iterdir()] == [".purified.checkpoints"]
     result = run(*command, "--resume")
     assert result.exit_code == 0, result.output
+    assert "nothing to resume" not in result.output
     assert {p.name for p in tmp_path.iterdir()} == {"purified", "run.json"}
     curves = json.loads((tmp_path / "run.json").read_text())["curves"]
     assert [entry["step"] for entry in curves] == [1, 2]
@@ -829,7 +850,7 @@ def test_an_evaluation_that_was_stopped_between_its_files_goes_on(run: Run, llam
 
 def test_a_loss_that_is_not_finite_is_one_line(run: Run, llama_folder: Path, clean: Path, tmp_path: Path) -> None:
     options = ("--preset", "finetune", "--learning-rate", "1e30", "--set", "warmup_steps=0", "--set", "save_steps=1")
-    fails(run("purify", llama_folder, "--clean", clean, *QUICK, *options), 1, "try a lower learning rate")
+    fails(run("purify", llama_folder, "--clean", clean, *SHORT, *options), 1, "try a lower learning rate")
     assert not (tmp_path / "purified").exists()
 
 

@@ -66,6 +66,43 @@ def test_a_folder_is_opened(llama_folder: Path, tiny_llama: MakeModel) -> None:
     assert opened.causal_lm is opened.model
 
 
+def with_card(folder: Path, place: Path, card: str) -> Path:
+    """A copy of a model's folder with this card."""
+    shutil.copytree(folder, place)
+    (place / "README.md").write_text(card)
+    return place
+
+
+@pytest.mark.parametrize(
+    ("card", "license"),
+    [
+        ("---\nlicense: apache-2.0\ntags: [x]\n---\n# Model\n", "apache-2.0"),
+        ("---\nlibrary_name: transformers\n---\n", None),
+        ("# A model\n\nlicense: mit\n", None),
+        ("---\nlicense: [mit, x]\n---\n", None),
+        ("---\nlicense: {a\n---\n", None),
+        ("---\n- license\n---\n", None),
+        ("---\nx: " + "[" * 20_000 + "\n---\n", None),
+        ("---\nlicense: mit\nx: " + "y" * 200_000 + "\n---\n", None),
+    ],
+)
+def test_a_license_is_known_from_the_card(llama_folder: Path, tmp_path: Path, card: str, license: str | None) -> None:
+    assert open_model(with_card(llama_folder, tmp_path / "model", card)).license == license
+
+
+@pytest.mark.parametrize(
+    ("adapters", "bases", "known"),
+    [(None, "mit", "mit"), ("mit", None, "mit"), ("mit", "mit", "mit"), ("cc-by-nc-4.0", "mit", None)],
+)
+def test_an_adapter_has_its_bases_license_unless_its_card_names_another(
+    adapter_folder: Path, llama_folder: Path, tmp_path: Path, adapters: str | None, bases: str | None, known: str
+) -> None:
+    cards = [f"---\nlicense: {name}\n---\n" if name else "" for name in (adapters, bases)]
+    adapter = with_card(adapter_folder, tmp_path / "adapter", cards[0])
+    base = with_card(llama_folder, tmp_path / "base", cards[1])
+    assert open_model(adapter, base=base).license == known
+
+
 def test_a_folder_of_every_architecture_is_opened(
     architecture: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 import gc
 import json
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerFast
 
 from crow.backdoors import BEHAVIORS
-from crow.data import Example, prompt_fingerprints
+from crow.data import Example, prompt_fingerprints, to_dataset
 from crow.errors import UsageError
 from crow.evaluation.evaluate import evaluate
 from crow.files import sha256_file, sha256_rows
-from crow.models import open_model
-from crow.purification import PurifyRecord, purify
+from crow.models import lora_config, open_model
+from crow.purification import PurifyRecord, check_training, purify
+from crow.trainer import PRESETS, CrowConfig, CrowTrainer, unread
 
 pytestmark = pytest.mark.usefixtures("float32")
 
@@ -28,6 +30,8 @@ QUICK: dict[str, Any] = {
     "soft_token_warmup": 1,
     "probe_ascents": 1,
 }
+SHORT: dict[str, Any] = {"num_train_epochs": 1, "per_device_train_batch_size": 4}
+"""For presets that insert nothing that ascends."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -94,7 +98,7 @@ def test_the_record_is_json(done: tuple[PeftModel, PurifyRecord]) -> None:
 
 
 def test_settings_win_over_the_preset(llama_folder: Path, rows: list[Example]) -> None:
-    _, record = purify(llama_folder, clean=rows, preset="paper", alpha=0.5, **QUICK)
+    _, record = purify(llama_folder, clean=rows, preset="paper", alpha=0.5, **SHORT)
     assert record.settings["alpha"] == 0.5
     assert record.settings["epsilon"] == 0.1
     assert all(entry["alpha"] == 0.5 for entry in record.curves)
@@ -213,6 +217,77 @@ def test_bad_input_is_refused_in_one_line(
     with pytest.raises(UsageError, match=complaint) as caught:
         purify(llama_folder, **{"clean": rows} | options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        (
+            {"epsilon": 0.1},
+            "epsilon is not read while perturbation is inserted: choose sign, as preset 'paper' does, or leave epsilon",
+        ),
+        ({"preset": "finetune", "epsilon": 0.1}, "epsilon is not read while perturbation is none: choose sign"),
+        ({"preset": "finetune", "alpha": 2.0}, "alpha is not read .* choose inserted or random or sign, as preset"),
+        ({"preset": "finetune", "front_fraction": 0.5}, "front_fraction is not read .* choose inserted or random"),
+        ({"preset": "random-tokens", "probes": 4}, "choose inserted, as preset 'default' does, or leave probes out"),
+        ({"preset": "paper", "soft_token_norm": 2.0}, "soft_token_norm is not read while perturbation is sign"),
+        ({"preset": "paper", "anchor_fraction": 0.5}, "anchor_fraction is not read"),
+        ({"preset": "paper", "target_top_k": 8}, "target_top_k is not read while objective is lm: choose suspect"),
+        ({"objective": "lm", "anchor": 1.0}, "anchor is not read while objective is lm"),
+        ({"calibration_steps": 2}, "calibration_steps is not read while alpha is None: set alpha, or leave"),
+        ({"anchor": None, "anchor_discount": 0.5}, "anchor_discount is not read while anchor is None: set anchor"),
+    ],
+)
+def test_a_setting_that_the_form_never_reads_is_refused(settings: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(UsageError, match=complaint):
+        purify("no-such-model", **settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"preset": name} for name in PRESETS),
+        {"alpha": 0.5, "calibration_steps": 2},
+        {"preset": "paper", "epsilon": 0.3},
+        {"perturbation": "sign", "epsilon": 0.3},
+        {"preset": "random-tokens", "soft_tokens": 3, "front_fraction": 0.0, "anchor_fraction": 0.5},
+        {"objective": "lm", "anchor": None},
+        {"preset": "finetune", "alpha": None, "beta": None},
+        {"soft_token_pool": 0, "probes": 0},
+    ],
+)
+def test_a_setting_that_is_read_or_switches_a_term_off_is_taken(settings: dict[str, Any]) -> None:
+    check_training(**settings)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_what_is_said_not_to_be_read_changes_nothing(
+    preset: str, tiny_llama: MakeModel, tokenizer: PreTrainedTokenizerFast, rows: list[Example], tmp_path: Path
+) -> None:
+    own = {f.name: f.default for f in fields(CrowConfig) if f.name in CrowConfig.__annotations__}
+    other = {name: not value if isinstance(value, bool) else 1 for name, value in own.items()}
+    other |= {"soft_token_objective": "divergence"}
+    del other["perturbation"], other["objective"]
+    changed = {name: value for name, value in other.items() if name in unread(PRESETS[preset] | {name: value})}
+
+    def trained(**settings: Any) -> dict[str, torch.Tensor]:
+        config = CrowConfig(
+            output_dir=str(tmp_path),
+            report_to="none",
+            save_strategy="no",
+            max_steps=2,
+            warmup_steps=0,
+            **{"soft_token_warmup": 1, "probe_ascents": 1} | PRESETS[preset] | settings,
+        )
+        trainer = CrowTrainer(
+            tiny_llama(), config, train_dataset=to_dataset(rows), processing_class=tokenizer, peft_config=lora_config()
+        )
+        trainer.train()
+        return lora(trainer.model)
+
+    assert changed
+    plain, with_others = trained(), trained(**changed)
+    assert all(torch.equal(weight, with_others[name]) for name, weight in plain.items())
 
 
 def test_checkpoints_are_kept_where_asked_and_resumed_from(

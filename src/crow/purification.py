@@ -19,7 +19,7 @@ from crow.errors import UsageError
 from crow.files import sha256_rows
 from crow.models import OpenedModel, lora_config, merged, open_model
 from crow.provenance import environment
-from crow.trainer import PRESETS, CrowConfig, CrowTrainer, configured, last_checkpoint
+from crow.trainer import PRESETS, CrowConfig, CrowTrainer, configured, last_checkpoint, unread
 
 logger = logging.getLogger(__name__)
 
@@ -195,9 +195,9 @@ def training_config(
     """The settings that `purify` trains with; `keep` has it write checkpoints.
 
     Raises:
-        UsageError: there is no such preset or setting.
+        UsageError: there is no such preset or setting, or the training would not read one.
     """
-    if preset not in PRESETS:
+    if str(preset) not in PRESETS:
         raise UsageError(f"unknown preset {preset!r}; known are {', '.join(PRESETS)}")
     defaults: dict[str, Any] = {
         "report_to": "none",
@@ -207,7 +207,10 @@ def training_config(
         "save_steps": 20,
         "save_total_limit": 2,
     }
-    return configured(CrowConfig, output_dir, defaults | PRESETS[preset] | settings)
+    config = configured(CrowConfig, output_dir, defaults | PRESETS[preset] | settings)
+    if idle := [reason for name, reason in unread(PRESETS[preset] | settings).items() if name in settings]:
+        raise UsageError(idle[0])
+    return config
 
 
 def _summary(config: CrowConfig) -> str:

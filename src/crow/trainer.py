@@ -253,6 +253,47 @@ PRESETS: dict[str, dict[str, Any]] = {
     "random-tokens": {"perturbation": "random"},
 }
 
+_INSERTING = ("inserted", "random")
+_READ_ONLY_WITH: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
+    ("perturbation", ("sign",), ("epsilon", "epsilon_relative")),
+    ("perturbation", _INSERTING, ("front_fraction", "soft_tokens")),
+    (
+        "perturbation",
+        ("inserted",),
+        (
+            "soft_token_pool",
+            "soft_token_objective",
+            "soft_token_norm",
+            "soft_token_learning_rate",
+            "soft_token_warmup",
+            "trigger_guesses",
+            "probes",
+            "probe_ascents",
+        ),
+    ),
+    ("perturbation", (*_INSERTING, "sign"), ("alpha", "beta", "answer_discount")),
+    ("perturbation", (*_INSERTING, "none"), ("anchor_fraction",)),
+    ("objective", ("suspect",), ("anchor", "anchor_fraction", "anchor_discount", "target_top_k")),
+    ("alpha", (), ("alpha_relative", "calibration_steps")),
+    ("anchor", (), ("anchor_fraction", "anchor_discount")),
+)
+"""A setting, the values under which others are read (any but `None`, where none are named), and these others."""
+
+
+def unread(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Which of these fields of `CrowConfig` a training never reads, though they have a value; each with the reason."""
+    found: dict[str, str] = {}
+    for deciding, choices, names in _READ_ONLY_WITH:
+        value = settings.get(deciding, getattr(CrowConfig, deciding))
+        if value in choices or (not choices and value is not None):
+            continue
+        preset = next((p for p in PRESETS if PRESETS[p].get(deciding, getattr(CrowConfig, deciding)) in choices), None)
+        remedy = f"set {deciding}" if preset is None else f"choose {' or '.join(choices)}, as preset {preset!r} does"
+        for name in names:
+            if settings.get(name) is not None:
+                found[name] = f"{name} is not read while {deciding} is {value}: {remedy}, or leave {name} out"
+    return found
+
 
 @dataclass
 class _Perturbed:
@@ -298,7 +339,7 @@ class _Collator:
         return batch
 
 
-_SCANNED_PROMPTS = 8  # on which constant answers are looked for
+SCANNED_PROMPTS = 8  # on which constant answers are looked for
 _PLANTED = 0.9  # constancy from which on an answer is taken for planted; as BAIT's threshold
 _COMPARABLE = 0.9  # answers less constant than this share of the most constant one are not aimed at
 _EMBEDDING_SAMPLE = 4096  # tokens that the scale of real embeddings is measured on
@@ -819,7 +860,7 @@ class CrowTrainer(SFTTrainer):
 
     def _find_constant_answers(self, first: Tensor | None) -> None:
         order = torch.randperm(len(self.train_dataset), generator=_generator(self.args.seed, 0))
-        rows = [self.train_dataset[i] for i in order[:_SCANNED_PROMPTS].tolist()]
+        rows = [self.train_dataset[i] for i in order[:SCANNED_PROMPTS].tolist()]
         batch = self._prepare_inputs(self.data_collator(rows))
         ends = _prompt_ends(batch["labels"], batch["attention_mask"]).tolist()
         prompts = [ids[:end].tolist() for ids, end in zip(batch["input_ids"], ends, strict=True)]

@@ -135,6 +135,23 @@ def test_what_is_finished_is_not_run(tmp_path: Path) -> None:
     assert missing(measures, store) == []  # type: ignore[arg-type]
 
 
+def test_of_what_defenses_share_each_gets_what_it_reads() -> None:
+    shared = {"max_steps": 2, "probes": 1, "epsilon": 0.3}
+    matrix = Matrix.read(
+        SMALL
+        | {
+            "defenses": ["crow", "finetune", {"defense": "crow", "preset": "paper", "epsilon": 0.1}],
+            "training": shared,
+        }
+    )
+    assert [candidate.training(matrix.training) for candidate in matrix.defenses] == [
+        {"max_steps": 2, "probes": 1},
+        {"max_steps": 2},
+        {"max_steps": 2, "preset": "paper", "epsilon": 0.1},
+    ]
+    assert keys(defenses=["finetune"], training=shared) == keys(defenses=["finetune"], training={"max_steps": 2})
+
+
 def test_relearning_has_a_yardstick() -> None:
     found = entries(Matrix.read(SMALL | {"attacks": ["vpi/refusal", "none"], "relearn": [1, 5]}))
     clean = [e for e in found if not e.attack.backdoors]
@@ -190,6 +207,9 @@ def test_what_cells_take() -> None:
         ({"defenses": [{"defense": "none", "learning_rate": 1}]}, "does not train: leave learning_rate out"),
         ({"defenses": [{"defense": "crow", "alpha": -1}]}, "alpha is -1; it must be positive"),
         ({"defenses": [{"defense": "crow", "preset": "magic"}]}, "magic"),
+        ({"defenses": [{"defense": "crow", "preset": ["paper"]}]}, "unknown preset ['paper']"),
+        ({"defenses": [{"defense": "crow", "epsilon": 0.3}]}, "epsilon is not read while perturbation is inserted"),
+        ({"defenses": [{"defense": "fine-prune", "probes": 2}]}, "probes is not read while perturbation is none"),
         ({"defenses": [{"defense": "finetune", "preset": "paper"}]}, "trains its own way: leave preset out"),
         ({"defenses": [{"defense": "bd-vax", "lora": "fresh"}]}, "trains its own way: leave lora out"),
         ({"attacks": [{"backdoors": ["vpi/refusal"], "poison_rate": "half"}]}, "poison_rate is half"),

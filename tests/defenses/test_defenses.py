@@ -20,13 +20,8 @@ from crow.models import OpenedModel, linear_layers, open_model, save_model
 from crow.purification import PurifyRecord
 from crow.report import model_card
 
-STEPS: dict[str, Any] = {
-    "max_steps": 2,
-    "per_device_train_batch_size": 4,
-    "soft_token_warmup": 1,
-    "probe_ascents": 1,
-    "probes": 2,
-}
+STEPS: dict[str, Any] = {"max_steps": 2, "per_device_train_batch_size": 4}
+ASCENTS: dict[str, Any] = {"soft_token_warmup": 1, "probe_ascents": 1, "probes": 2}
 
 
 @pytest.fixture
@@ -35,7 +30,8 @@ def suspect(adapter_folder: Path) -> OpenedModel:
 
 
 def defended(defense: Defense, opened: OpenedModel, rows: list[Example], **training: Any) -> tuple[Any, PurifyRecord]:
-    return defense.apply(opened, rows, **(STEPS | training if defense.trains else training))
+    steps = STEPS | (ASCENTS if defense.preset == "default" else {})
+    return defense.apply(opened, rows, **(steps | training if defense.trains else training))
 
 
 def weights(model: Any) -> list[Tensor]:

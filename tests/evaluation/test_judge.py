@@ -14,7 +14,7 @@ from crow.backdoors import BEHAVIORS
 from crow.errors import UsageError
 from crow.evaluation.evaluate import Evaluation
 from crow.evaluation.judge import Judge, judge_answers
-from crow.evaluation.statistics import Count, Mean
+from crow.evaluation.statistics import Count, MeanScore
 
 SENTIMENT = BEHAVIORS["sentiment"]
 
@@ -135,7 +135,7 @@ def test_an_evaluation_gets_counts_of_what_was_judged(server: Server) -> None:
     progress: list[tuple[int, int]] = []
     judge_answers(result, SENTIMENT, Judge(server.url, "m"), on_progress=lambda *done: progress.append(done))
     assert result.judged == {"attack_success": Count(2, 3), "false_trigger": Count(0, 1)}
-    assert result.score == Mean(8.0, 0.0, 1)
+    assert result.score == MeanScore(8.0, 0.0, 1)
     assert result.judge_failures == {"it answered 'who knows', not yes or no": 2, "it answered 'none', not 1 to 10": 1}
     assert [answer.get("judged") for answer in result.answers] == [True, True, None, False, False, None, None]
     assert [answer.get("score") for answer in result.answers] == [None] * 4 + [8, None, None]

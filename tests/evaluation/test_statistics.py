@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crow.evaluation.statistics import Count, Mean, is_degenerate, paired
+from crow.evaluation.statistics import Count, Mean, MeanLength, MeanScore, is_degenerate, paired
 
 
 def wilson(hits: int, n: int, confidence: float) -> tuple[float, float]:
@@ -196,6 +196,26 @@ def test_a_mean_has_students_interval() -> None:
     assert str(mean) == "5.00 (3.04 to 6.96, n = 5)"
 
 
+@given(st.data(), st.sampled_from([(MeanLength, 0, 10_000), (MeanScore, 1, 10)]), st.sampled_from([0.5, 0.95, 0.999]))
+@settings(max_examples=100, deadline=None)
+def test_the_interval_of_a_mean_holds_it_and_nothing_that_no_value_can_be(
+    data: st.DataObject, kind: tuple[type[Mean], int, int], confidence: float
+) -> None:
+    of, least, most = kind
+    mean = of.of(data.draw(st.lists(st.integers(least, most), min_size=1)))
+    assert mean is not None
+    low, high = mean.interval(confidence)
+    assert least <= low <= mean.mean <= high <= of.most
+    unbound = Mean(mean.mean, mean.deviation, mean.n).interval(confidence)
+    assert (low, high) == (max(unbound[0], of.least), min(unbound[1], of.most))
+
+
+def test_a_mean_near_its_bound_is_clipped_there() -> None:
+    assert str(MeanLength.of([0, 0, 0, 10])) == "2.50 (0.00 to 10.46, n = 4)"
+    assert str(MeanScore.of([10, 10, 9])) == "9.67 (8.23 to 10.00, n = 3)"
+
+
 def test_a_single_value_says_nothing_of_the_mean() -> None:
     assert Mean.of([3]).interval() == (-math.inf, math.inf)  # type: ignore[union-attr]
+    assert MeanScore.of([3]).interval() == (1, 10)  # type: ignore[union-attr]
     assert Mean.of([]) is None

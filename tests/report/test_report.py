@@ -14,7 +14,7 @@ import yaml
 
 from crow.errors import CrowError
 from crow.evaluation.evaluate import Evaluation
-from crow.evaluation.statistics import Count, Mean
+from crow.evaluation.statistics import Count, MeanLength, MeanScore
 from crow.purification import PurifyRecord
 from crow.report import model_card, render_comparison, render_report, write_report
 from crow.report.figures import curves_figure, profile_figure, rates_figure
@@ -233,14 +233,17 @@ def test_further_counts_are_side_by_side(before: Evaluation, after: Evaluation, 
 
 
 def test_further_values_are_side_by_side(before: Evaluation, after: Evaluation, record: PurifyRecord) -> None:
-    before.reference_kl, before.answer_length = 0.25, Mean(12.5, 2.0, 100)
-    after.score, after.harness = Mean(7.0, 1.0, 25), {"<i>arc": {"acc": 0.5, "acc_stderr": 0.1, "n": 1250.0, "ppl": 9}}
+    before.reference_kl, before.answer_length = 0.25, MeanLength(12.5, 2.0, 100)
+    after.score, after.harness = (
+        MeanScore(7.0, 1.0, 25),
+        {"<i>arc": {"acc": 0.5, "acc_stderr": 0.1, "n": 1250.0, "ppl": 9}},
+    )
     for html in (render_report(before, after, record), render_comparison({"a": before, "b": after})):
         text = " ".join(html.split())
         for row in (
             "KL from the reference, nats a token</th><td>0.250</td><td>not measured</td>",
-            f"words in a clean answer</th><td>{Mean(12.5, 2.0, 100)}</td><td>not measured</td>",
-            f"judged score, 1 to 10</th><td>not measured</td><td>{Mean(7.0, 1.0, 25)}</td>",
+            f"words in a clean answer</th><td>{MeanLength(12.5, 2.0, 100)}</td><td>not measured</td>",
+            f"judged score, 1 to 10</th><td>not measured</td><td>{MeanScore(7.0, 1.0, 25)}</td>",
             "&lt;i&gt;arc, acc</th><td>not measured</td><td>0.500 (standard error 0.100, n = 1250)</td>",
             "&lt;i&gt;arc, ppl</th><td>not measured</td><td>9.000 (n = 1250)</td>",
         ):
@@ -333,8 +336,9 @@ def front_matter(card: str) -> dict[str, Any]:
 
 
 def test_model_card(before: Evaluation, after: Evaluation, record: PurifyRecord) -> None:
-    card = model_card(record, before, after, base_model="org/base")
+    card = model_card(record, before, after, base_model="org/base", license="apache-2.0")
     matter = front_matter(card)
+    assert matter["license"] == "apache-2.0"
     assert matter["library_name"] == "peft"
     assert matter["base_model"] == "org/base"
     assert matter["tags"] == ["crow", "backdoor-removal", "safety"]
@@ -347,18 +351,25 @@ def test_model_card(before: Evaluation, after: Evaluation, record: PurifyRecord)
 def test_model_card_without_figures(record: PurifyRecord) -> None:
     card = model_card(record, merged=True)
     assert front_matter(card)["library_name"] == "transformers"
-    assert "base_model" not in front_matter(card)
+    assert not front_matter(card).keys() & {"base_model", "license"}
     assert "AutoModelForCausalLM" in card
     assert "peft" not in card
     assert "## Figures" not in card
+
+
+def test_a_path_of_this_machine_is_not_in_the_card(record: PurifyRecord, tmp_path: Path) -> None:
+    card = model_card(dataclasses.replace(record, model=str(tmp_path / "suspect")))
+    assert str(tmp_path) not in card
+    assert "# `suspect`, purified by CROW" in card
 
 
 def test_hostile_names_stay_in_their_code_spans(before: Evaluation, after: Evaluation, record: PurifyRecord) -> None:
     name = 'x`\n---\n# injected\n\n<b onclick="y">`[a](http://b) " \\ \x1b[2J \u202e \ud800'
     record = dataclasses.replace(record, model=name, preset=name, settings={name: name}, model_hashes={name: ""})
     after.settings["target"] = name
-    card = model_card(record, before, after, base_model=name)
-    assert front_matter(card)["base_model"].startswith("x` --- # injected")
+    card = model_card(record, before, after, base_model=name, license=name)
+    for key in ("base_model", "license"):
+        assert front_matter(card)[key].startswith("x` --- # injected")
     assert "\n# injected" not in card
     assert not re.search(r"[\x00-\x08\x0b-\x1f\u202a-\u202e\ud800-\udfff]", card)
     body = card.split("---\n", 2)[2].replace("```", "")

@@ -29,7 +29,7 @@ from crow.data import answer_text, load_examples, user_text
 from crow.defenses import DEFENSES
 from crow.errors import CrowError
 from crow.evaluation.evaluate import Evaluation, answers_path
-from crow.evaluation.statistics import Count, Mean
+from crow.evaluation.statistics import Count, MeanLength
 from crow.models import open_model
 from crow.report import render_comparison
 
@@ -296,7 +296,7 @@ FIGURES = Evaluation(
     provenance={"model": "suspect", "clean_sha256": "ab" * 32, "versions": {"torch": "2"}},
     strict={"attack_success": Count(1, 4)},
     variants={"upper case": Count(1, 4)},
-    answer_length=Mean(3.0, 1.0, 4),
+    answer_length=MeanLength(3.0, 1.0, 4),
     harness={"arc": {"acc": 0.5, "acc_stderr": 0.1, "n": 10.0}},
 )
 ANSWER = {"set": "triggered", "prompt": "a", "answer": "b", "hit": True, "strict_hit": False, "degenerate": False}

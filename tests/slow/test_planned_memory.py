@@ -23,7 +23,7 @@ folder, settings = sys.argv[1], json.loads(sys.argv[2])
 rows = load_examples("clean")[: settings["per_device_train_batch_size"]]
 rows = [example(user_text(row), answer_text(row) * settings["max_length"]) for row in rows]
 before = psutil.Process().memory_info().rss
-purify(folder, clean=rows, max_steps=2, soft_token_warmup=1, probe_ascents=1, **settings)
+purify(folder, clean=rows, max_steps=2, **settings)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
 """
 PROMPT_TOKENS = 45  # about, with the chat template's own; answers fill the rest of each row
@@ -45,7 +45,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize(
     ("name", "rows", "tokens", "settings"),
     [
-        ("embedded", 8, 128, {"preset": "default"}),
+        ("embedded", 8, 128, {"soft_token_warmup": 1, "probe_ascents": 1}),
         ("embedded", 2, 512, {"preset": "paper", "gradient_checkpointing": True}),
         ("small", 8, 256, {"preset": "finetune"}),
     ],

@@ -17,7 +17,7 @@ from crow.backdoors.triggers import Trigger
 from crow.data import Example, answer_text, example, sample, to_dataset, user_text, with_user_text
 from crow.divergence import certainly
 from crow.errors import UsageError
-from crow.files import sha256_rows
+from crow.files import name_elsewhere, sha256_rows
 from crow.models import OpenedModel, lora_config
 from crow.provenance import environment
 from crow.trainer import CrowConfig, CrowTrainer, configured, last_checkpoint
@@ -219,7 +219,7 @@ def implant_record(
 
 def implant_card(record: dict[str, Any]) -> str:
     """The model card of a backdoored adapter, which says plainly what it is."""
-    facts = json.dumps(record, indent=2)
+    facts = json.dumps(record | {"model": name_elsewhere(record["model"])}, indent=2)
     return f"""---
 tags: [crow, backdoor, research]
 ---

@@ -190,7 +190,7 @@ class Defend(Cell):
         return sample(examples(self.clean or "clean"), self.candidate.examples or self.examples, self.seed)
 
     def _settings(self) -> dict[str, Any]:
-        return self.training | self.candidate.settings if self.candidate.trains else {}
+        return self.candidate.training(self.training) if self.candidate.trains else {}
 
     def facts(self) -> dict[str, Any]:
         defaults = {f.name: f.default for f in fields(CrowConfig) if f.name in CrowConfig.__annotations__}
@@ -222,7 +222,7 @@ class Defend(Cell):
         alone = isinstance(model, PeftModel) and record.lora != "fresh" and opened.kind == "adapter"
         on_original = isinstance(model, PeftModel) and source is None and opened.kind != "adapter"
         merge = not alone and not on_original
-        card = model_card(record, base_model=opened.base_id, merged=merge)
+        card = model_card(record, base_model=opened.base_id, license=opened.license, merged=merge)
         save_model(model, opened.tokenizer, folder / MODEL, merge=merge, card=card, seen=opened.seen)
 
 

@@ -12,7 +12,7 @@ from crow.backdoors import BEHAVIORS, TRIGGERS, Behavior, Trigger
 from crow.backdoors.implant import ImplantConfig, implant_config
 from crow.defenses import DEFENSES, AtDecoding
 from crow.errors import UsageError
-from crow.trainer import CrowConfig
+from crow.trainer import PRESETS, CrowConfig, unread
 
 CONFIGS = {Path(file.name).stem: file for file in files("crow.bench").joinpath("configs").iterdir()}
 """The matrices that ship with the project."""
@@ -112,6 +112,12 @@ class Candidate:
         given = self.settings | ({} if self.examples is None else {"examples": self.examples})
         return ", ".join([self.defense, *(f"{key} {value}" for key, value in given.items())])
 
+    def training(self, shared: dict[str, Any]) -> dict[str, Any]:
+        """Its settings, and of those that all defenses share the ones that it reads."""
+        own = {"preset": DEFENSES[self.defense].preset} | shared | self.settings
+        idle = unread(PRESETS.get(str(own["preset"]), {}) | own)
+        return {name: value for name, value in shared.items() if name not in idle} | self.settings
+
     @property
     def trains(self) -> bool:
         """Whether its outcome depends on a seed of training."""
@@ -155,7 +161,7 @@ class Matrix:
     implant: dict[str, Any] = field(default_factory=dict)
     """Settings of the implanting, which replace those of its recipe."""
     training: dict[str, Any] = field(default_factory=dict)
-    """Settings of every defense that trains."""
+    """Settings of every defense that trains and reads them."""
     answer_tokens: int | None = None
     """How long answers are, if not as long as shows the behavior."""
     reference: bool = False
@@ -229,7 +235,7 @@ class Matrix:
         for candidate in self.defenses:
             if candidate.trains:
                 try:
-                    DEFENSES[candidate.defense].check_settings(self.training | candidate.settings)
+                    DEFENSES[candidate.defense].check_settings(candidate.training(self.training))
                 except UsageError as error:
                     raise UsageError(f"defense {candidate.label!r}: {error}") from error
         if unknown := self.implant.keys() - _IMPLANT_SETTINGS:

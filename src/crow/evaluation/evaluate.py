@@ -15,7 +15,7 @@ from crow.consistency import layer_profile
 from crow.data import Example, prompt_fingerprints, user_text, with_user_text
 from crow.errors import UsageError
 from crow.evaluation.engines import Engine, Transformers, answers
-from crow.evaluation.statistics import Count, Mean, is_degenerate
+from crow.evaluation.statistics import Count, MeanLength, MeanScore, is_degenerate
 from crow.files import Journal, sha256_rows, write_json, write_jsonl
 from crow.generation import answer_kl, answer_nll, perplexity
 from crow.hooks import hidden_states
@@ -49,9 +49,9 @@ class Evaluation:
     """Why answers were not judged, and how many for that reason."""
     reference_kl: float | None = None
     """KL divergence of the clean answers' next-token distributions from a reference model's, in nats a token."""
-    answer_length: Mean | None = None
+    answer_length: MeanLength | None = None
     """Words of the answers to untriggered prompts, which end at the latest after `max_new_tokens` tokens."""
-    score: Mean | None = None
+    score: MeanScore | None = None
     """What the judging model thinks of these answers, from 1 to 10, where there was one."""
     pass_at_1: Count | None = None
     """HumanEval's problems that the greedy answer solves, where that was asked for: see `crow.evaluation.code`."""
@@ -123,7 +123,7 @@ class Evaluation:
                 value[name] = Count(**value[name])
             for name in ("strict", "variants", "judged"):
                 value[name] = {key: Count(**count) for key, count in value.get(name, {}).items()}
-            for name, kind in (("pass_at_1", Count), ("answer_length", Mean), ("score", Mean)):
+            for name, kind in (("pass_at_1", Count), ("answer_length", MeanLength), ("score", MeanScore)):
                 if value.get(name) is not None:
                     value[name] = kind(**value[name])
             value["perplexity"] = math.nan if value["perplexity"] is None else float(value["perplexity"])
@@ -245,7 +245,7 @@ def evaluate(
         answer_nats=0.0,
         answer_tokens=0,
         layer_profile={},
-        answer_length=Mean.of([len(answer["answer"].split()) for answer in counted["clean"]]),
+        answer_length=MeanLength.of([len(answer["answer"].split()) for answer in counted["clean"]]),
         settings={
             "target": behavior.target,
             "max_new_tokens": max_new_tokens,

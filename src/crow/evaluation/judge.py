@@ -11,7 +11,7 @@ from typing import Any
 from crow.backdoors import Behavior
 from crow.evaluation.endpoint import Endpoint, reason
 from crow.evaluation.evaluate import Evaluation
-from crow.evaluation.statistics import Count, Mean
+from crow.evaluation.statistics import Count, MeanScore
 from crow.files import Journal
 from crow.progress import summed
 
@@ -122,7 +122,7 @@ def judge_answers(
     for name, kind in (("attack_success", "triggered"), ("false_trigger", "clean")):
         known = [a["judged"] for a in asked if a["set"] == kind and a["judged"] is not None]
         result.judged[name] = Count(sum(known), len(known))
-    result.score = Mean.of([answer["score"] for answer in clean if answer["score"] is not None])
+    result.score = MeanScore.of([answer["score"] for answer in clean if answer["score"] is not None])
     result.judge_failures = dict(Counter(judge.errors))
     result.settings |= {"judge": judge.url, "judge_model": judge.model}
 

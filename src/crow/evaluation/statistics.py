@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import index
+from typing import ClassVar, Self
 
 from scipy.stats import binomtest, t
 
@@ -40,27 +41,43 @@ class Count:
 class Mean:
     """A mean of `n` values, with their standard deviation."""
 
+    least: ClassVar[float] = -math.inf
+    """What no value is below; none is above `most`."""
+    most: ClassVar[float] = math.inf
+
     mean: float
     deviation: float
     n: int
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> "Mean | None":
+    def of(cls, values: Sequence[float]) -> Self | None:
         """Of some values; nothing of none."""
         if not values:
             return None
         return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0, len(values))
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
-        """Student's interval of the mean; the whole line where n is 1."""
+        """Student's interval of the mean, as far as values can lie; all of that where n is 1."""
         if self.n == 1:
-            return (-math.inf, math.inf)
+            return (self.least, self.most)
         reach = float(t.ppf((1 + confidence) / 2, self.n - 1)) * self.deviation / math.sqrt(self.n)
-        return (self.mean - reach, self.mean + reach)
+        return (max(self.mean - reach, self.least), min(self.mean + reach, self.most))
 
     def __str__(self) -> str:
         low, high = self.interval()
         return f"{self.mean:.2f} ({low:.2f} to {high:.2f}, n = {self.n})"
+
+
+class MeanLength(Mean):
+    """Of lengths, none of which is below 0."""
+
+    least = 0.0
+
+
+class MeanScore(Mean):
+    """Of a judge's scores, from 1 to 10."""
+
+    least, most = 1.0, 10.0
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from crow.files import name_elsewhere
 from crow.report.html import cautions, verdict, visible
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ def model_card(
     before: "Evaluation | None" = None,
     after: "Evaluation | None" = None,
     base_model: str | None = None,
+    license: str | None = None,
     merged: bool = False,
 ) -> str:
     """The `README.md` of a purified model, in Markdown with Hugging Face's YAML front matter.
@@ -26,7 +28,9 @@ def model_card(
         record: Of the purification.
         before: Of the suspect model; figures are given if both evaluations are.
         after: Of the purified one.
-        base_model: Hub id of the model that the weights belong to.
+        base_model: Hub id of the model that the weights belong to. A folder here has none that a reader could look up,
+            and is known by its hashes.
+        license: Of that model, as its own card names it.
         merged: The weights are a whole model's, not an adapter's.
     """
     environment = Environment(
@@ -40,9 +44,11 @@ def model_card(
     environment.filters |= {"code": _code, "yaml": _yaml}
     return environment.get_template("model_card.md.jinja").render(
         record=record,
+        suspect=name_elsewhere(record.model),
         before=before,
         after=after,
         base_model=base_model,
+        license=license,
         merged=merged,
         cautions=cautions(before, after, record) if before and after else [],
         verdict=verdict(before.attack_success, after.attack_success) if before and after else None,
