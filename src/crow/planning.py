@@ -229,15 +229,11 @@ class _Passes:
             aiming = config.trigger_guesses > 0 or not diverging
             aim, diverge = self._cost(self._aim), self._cost(self._diverge)
             ascents = config.soft_token_warmup * (aiming * aim + diverging * diverge)
-            if aiming and config.probes:
-                ascents += config.probe_ascents * diverge
-                prompts, length = min(SCANNED_PROMPTS, examples), LONGEST_ANSWER // 2
-                called = self.tokens - self.answer + config.soft_tokens + length
-                flops += (
-                    config.probes
-                    * LONGEST_ANSWER
-                    * self._cost(lambda: self._forward(prompts, called, length), grad=False)
-                )
+            if aiming and config.probes and config.objective == "suspect":
+                ascents += config.probe_ascents * self._cost(lambda: self._aim(answer=1))
+                prompts, length = min(SCANNED_PROMPTS, examples), self.tokens - self.answer + config.soft_tokens
+                read = self._cost(lambda: self._forward(prompts, length + LONGEST_ANSWER, 1), grad=False)
+                flops += config.probes * read
             flops += ascents * config.gradient_accumulation_steps
         return flops
 
@@ -246,10 +242,12 @@ class _Passes:
             run()
         return accounts.flops
 
-    def _aim(self) -> None:
+    def _aim(self, answer: int | None = None) -> None:
+        """With a constant answer of so many tokens; else as many as are inserted."""
         number = self.config.soft_tokens
         rows, prompt = self.config.per_device_train_batch_size, self.tokens - self.answer
-        loss, embeddings = self._forward(rows, prompt + 2 * number, number, ascends=True)
+        answer = number if answer is None else answer
+        loss, embeddings = self._forward(rows, prompt + number + answer, answer, ascends=True)
         torch.autograd.grad(loss, embeddings)
 
     def _diverge(self) -> None:

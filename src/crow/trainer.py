@@ -269,6 +269,7 @@ _READ_ONLY_WITH: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
             "trigger_guesses",
             "probes",
             "probe_ascents",
+            "ascend_every",
         ),
     ),
     ("perturbation", (*_INSERTING, "sign"), ("alpha", "beta", "answer_discount")),
