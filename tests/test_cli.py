@@ -129,7 +129,10 @@ def test_a_purification_is_planned_from_a_config_alone(run: Run, llama_folder: P
     plan = json.loads(result.stdout)
     assert plan["steps"] == 150
     assert plan["peak_bytes"] > plan["weight_bytes"] > 0
-    assert plan["seconds"] == pytest.approx(plan["steps"] * plan["step_flops"] / 0.1e12)
+    assert plan["seconds"] == pytest.approx((plan["preparation_flops"] + plan["steps"] * plan["step_flops"]) / 0.1e12)
+    result = run("info", tmp_path, "--plan", "--batch-size", "2", "--tokens", "64", "--tflops", "0.1")
+    assert "preparation seconds" in result.stdout
+    assert "target: the suspect's recorded answers" in " ".join(result.stderr.split())
     fails(run("info", llama_folder, "--tokens", "64"), 2, "add --plan, or leave them out")
 
 

@@ -69,6 +69,27 @@ def test_time_is_work_by_speed(llama_folder: Path) -> None:
     assert 0 < plan(llama_folder, tokens=16, per_device_train_batch_size=1).tflops < 1e4
 
 
+def test_what_precedes_the_steps_is_counted(llama_folder: Path) -> None:
+    def before(**settings: Any) -> int:
+        return planned(llama_folder, **{"preset": "default", "answer_tokens": 32} | settings).preparation_flops
+
+    assert before(preset="finetune") == before(preset="paper") == 0
+    recorded = before(preset="random-tokens")
+    assert before(preset="random-tokens", examples=200) == 2 * recorded > 0
+    alone = before(soft_token_warmup=0, probes=0)
+    assert alone == recorded
+    warm, probing = before(probes=0) - alone, before(soft_token_warmup=0) - alone
+    assert before(probes=0, soft_token_warmup=40) - alone == 2 * warm
+    assert before() - alone == warm + probing
+    ascents = before(soft_token_warmup=0, probe_ascents=60) - before(soft_token_warmup=0)
+    called = probing - ascents
+    assert before(soft_token_warmup=0, probes=16) - alone - ascents == 2 * called > 0
+    # A batch's passes, of the whole row with an insertion, forward and back; and of each example, forward alone
+    assert ascents / 30 / 4 == pytest.approx(2 * recorded / 100 * (64 + 8) / 64, rel=0.1)
+    told = planned(llama_folder, preset="default")
+    assert told.seconds == pytest.approx(told.preparation_seconds + told.steps * told.step_seconds)
+
+
 def test_every_architecture(architecture: str, tmp_path: Path) -> None:
     model = tiny_model(architecture, 600)
     model.config.save_pretrained(tmp_path)

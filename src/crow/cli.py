@@ -669,6 +669,7 @@ def info(
             gradient_checkpointing=gradient_checkpointing or None,
         )
         if plan:
+            from crow.planning import LEGEND
             from crow.planning import plan as estimate
 
             with console.status("Going through a step without its weights"):
@@ -690,6 +691,8 @@ def info(
             for name, value in hashes.items():
                 table.add_row(_plain(f"SHA-256 of {name}"), Text(value, overflow="fold"))
             Console().print(table)
+            if plan:
+                console.print(LEGEND)
 
 
 def _readable(name: str, value: Any) -> tuple[str, str]:

@@ -7,6 +7,8 @@ holds for any architecture, attention and gradient checkpointing included.
 import math
 import warnings
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -25,12 +27,13 @@ from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from crow.consistency import aligned_inconsistency
+from crow.constancy import LONGEST_ANSWER
 from crow.divergence import kl_from_top
 from crow.errors import UsageError
 from crow.hooks import Recording, record
 from crow.models import open_config, weights_dtype
 from crow.purification import CLEAN_EXAMPLES, training_config
-from crow.trainer import CrowConfig
+from crow.trainer import SCANNED_PROMPTS, CrowConfig
 
 _ADAM_MOMENTS = 2
 _ANSWER_SHARE = 0.5  # of a row's tokens, where nothing is said of it
@@ -57,12 +60,22 @@ class Plan:
     steps: int
     tflops: float
     """Speed that the times are of: what matrix products of the model's width reach here, if not given."""
+    preparation_flops: int
+    """Before the first step: the suspect's answers are recorded, and insertions ascend against it."""
     step_seconds: float
+    preparation_seconds: float
     seconds: float
-    """Of the steps together: no less, since not all of a step is matrix products and something precedes the first."""
+    """Of all together: no less, since not all is matrix products, and the scan for constant answers is left out."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+LEGEND = (
+    "training: what is trained, its gradients and AdamW's moments; target: the suspect's recorded answers; activation "
+    "and logit: what the largest pass holds; preparation: all before the first step; seconds: no less than so many"
+)
+"""How `Plan` is read, where its fields are shown without their documentation."""
 
 
 def plan(
@@ -109,8 +122,10 @@ def plan(
         model.tie_weights()
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        with _Accounts() as accounts:
-            _step(model, config, tokens, answer, accounts)
+        passes = _Passes(model, config, tokens, answer)
+        with _Accounts() as accounts, passes.noting(accounts):
+            passes.step()
+        before = passes.preparation(examples)
     targets = examples * answer * config.target_top_k * 12 if config.objective == "suspect" else 0
     training_bytes = sum(p.nbytes for p in trained) * (2 + _ADAM_MOMENTS)
     width = model_config.get_text_config().hidden_size
@@ -131,8 +146,10 @@ def plan(
         step_flops=flops,
         steps=steps,
         tflops=tflops,
+        preparation_flops=before,
         step_seconds=flops / tflops / 1e12,
-        seconds=steps * flops / tflops / 1e12,
+        preparation_seconds=before / tflops / 1e12,
+        seconds=(before + steps * flops) / tflops / 1e12,
     )
 
 
@@ -160,53 +177,103 @@ class _Accounts(TorchDispatchMode):
         self.held -= size
 
 
-def _step(model: PeftModel, config: CrowConfig, tokens: int, answer: int, accounts: _Accounts) -> None:
-    """The passes of `CrowTrainer.compute_loss`, by their shapes."""
-    inner: Any = model.get_base_model()
-    text = inner.config.get_text_config()
-    head, top = inner.get_output_embeddings(), min(config.target_top_k, text.vocab_size)
+class _Passes:
+    """The passes of a training, by their shapes."""
 
-    def note(module: Any, args: Any, output: Any) -> None:
-        accounts.before_head = max(accounts.before_head, accounts.held)
+    def __init__(self, model: PeftModel, config: CrowConfig, tokens: int, answer: int) -> None:
+        self.model, self.config, self.tokens, self.answer = model, config, tokens, answer
+        self.inner: Any = model.get_base_model()
+        self.text = self.inner.config.get_text_config()
 
-    inner.base_model.register_forward_hook(note)
+    @contextmanager
+    def noting(self, accounts: _Accounts) -> Iterator[None]:
+        """Have the accounts tell what is held when the head begins."""
 
-    def forward(rows: int, tokens: int, answer: int, ascends: bool = False) -> tuple[Tensor, Tensor]:
-        embeddings = torch.zeros(rows, tokens, text.hidden_size, dtype=inner.dtype, requires_grad=ascends)
+        def note(module: Any, args: Any, output: Any) -> None:
+            accounts.before_head = max(accounts.before_head, accounts.held)
+
+        handle = self.inner.base_model.register_forward_hook(note)
+        yield
+        handle.remove()
+
+    def step(self) -> None:
+        """Those of `CrowTrainer.compute_loss`."""
+        config, tokens, answer = self.config, self.tokens, self.answer
+        rows = config.per_device_train_batch_size
+        if config.perturbation == "sign":
+            with record(self.inner) as recording:
+                loss, embeddings = self._forward(rows, tokens, answer, ascends=True)
+            torch.autograd.grad(self._inconsistency(recording), embeddings, retain_graph=True)
+            recording.hidden_states.clear()
+            loss.backward()
+            with record(self.inner) as recording:
+                self._forward(rows, tokens, 0)
+            self._inconsistency(recording).backward()
+        elif not config.perturbs:
+            self._forward(rows, tokens, answer)[0].backward()
+        else:
+            if config.anchor is not None:
+                self._forward(math.ceil(rows * config.anchor_fraction), tokens, answer)[0].backward()
+            if config.perturbation == "inserted":
+                self._aim()
+            self._forward(rows, tokens + config.soft_tokens, answer)[0].backward()
+        self.model.zero_grad()
+
+    def preparation(self, examples: int) -> int:
+        """Operations of `CrowTrainer._prepare_for_training`, without the scan, whose passes are few and short."""
+        config, flops = self.config, 0
+        if config.objective == "suspect":
+            flops += examples * self._cost(lambda: self._forward(1, self.tokens, self.answer), grad=False)
+        if config.perturbs and config.perturbation == "inserted":
+            diverging = config.soft_token_pool > 0 and config.soft_token_objective == "divergence"
+            aiming = config.trigger_guesses > 0 or not diverging
+            aim, diverge = self._cost(self._aim), self._cost(self._diverge)
+            ascents = config.soft_token_warmup * (aiming * aim + diverging * diverge)
+            if aiming and config.probes:
+                ascents += config.probe_ascents * diverge
+                prompts, length = min(SCANNED_PROMPTS, examples), LONGEST_ANSWER // 2
+                called = self.tokens - self.answer + config.soft_tokens + length
+                flops += (
+                    config.probes
+                    * LONGEST_ANSWER
+                    * self._cost(lambda: self._forward(prompts, called, length), grad=False)
+                )
+            flops += ascents * config.gradient_accumulation_steps
+        return flops
+
+    def _cost(self, run: Callable[[], Any], grad: bool = True) -> int:
+        with _Accounts() as accounts, torch.set_grad_enabled(grad):
+            run()
+        return accounts.flops
+
+    def _aim(self) -> None:
+        number = self.config.soft_tokens
+        rows, prompt = self.config.per_device_train_batch_size, self.tokens - self.answer
+        loss, embeddings = self._forward(rows, prompt + 2 * number, number, ascends=True)
+        torch.autograd.grad(loss, embeddings)
+
+    def _diverge(self) -> None:
+        rows, tokens = self.config.per_device_train_batch_size, self.tokens + self.config.soft_tokens
+        loss, embeddings = self._forward(rows, tokens, self.answer, ascends=True)
+        torch.autograd.grad(loss, embeddings)
+
+    def _forward(self, rows: int, tokens: int, answer: int, ascends: bool = False) -> tuple[Tensor, Tensor]:
+        embeddings = torch.zeros(rows, tokens, self.text.hidden_size, dtype=self.inner.dtype, requires_grad=ascends)
         inputs = {"inputs_embeds": embeddings, "attention_mask": torch.ones(rows, tokens, dtype=torch.long)}
-        if config.objective == "lm" and answer:
+        if self.config.objective == "lm" and answer:
             labels = torch.zeros(rows, tokens, dtype=torch.long)
-            return model(**inputs, labels=labels, fused_lm_head=True).log_probs.sum(), embeddings
+            return self.model(**inputs, labels=labels, fused_lm_head=True).log_probs.sum(), embeddings
+        head, top = self.inner.get_output_embeddings(), min(self.config.target_top_k, self.text.vocab_size)
         handle = head.register_forward_pre_hook(lambda module, args: (args[0].flatten(0, 1)[: rows * answer],))
-        logits = model(**inputs, use_cache=False).logits
+        logits = self.model(**inputs, use_cache=False).logits
         handle.remove()
         targets = torch.zeros(len(logits), top, dtype=torch.long), torch.zeros(len(logits), top)
         return kl_from_top(*targets, logits).sum(), embeddings
 
-    def inconsistency(recording: Recording) -> Tensor:
+    @staticmethod
+    def _inconsistency(recording: Recording) -> Tensor:
         pairs = pairwise(recording.hidden_states)  # cloned as the trainer's masks do
         return torch.stack([aligned_inconsistency(a.clone(), b.clone()).sum() for a, b in pairs]).mean()
-
-    rows = config.per_device_train_batch_size
-    if config.perturbation == "sign":
-        with record(inner) as recording:
-            loss, embeddings = forward(rows, tokens, answer, ascends=True)
-        torch.autograd.grad(inconsistency(recording), embeddings, retain_graph=True)
-        recording.hidden_states.clear()
-        loss.backward()
-        with record(inner) as recording:
-            forward(rows, tokens, 0)
-        inconsistency(recording).backward()
-    elif not config.perturbs:
-        forward(rows, tokens, answer)[0].backward()
-    else:
-        if config.anchor is not None:
-            forward(math.ceil(rows * config.anchor_fraction), tokens, answer)[0].backward()
-        if config.perturbation == "inserted":
-            loss, embeddings = forward(rows, tokens - answer + 2 * config.soft_tokens, config.soft_tokens, ascends=True)
-            torch.autograd.grad(loss, embeddings)
-        forward(rows, tokens + config.soft_tokens, answer)[0].backward()
-    model.zero_grad()
 
 
 def _speed(tokens: int, width: int, dtype: torch.dtype) -> float:

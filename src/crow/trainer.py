@@ -336,7 +336,7 @@ class _Collator:
         return batch
 
 
-_SCANNED_PROMPTS = 8  # on which constant answers are looked for
+SCANNED_PROMPTS = 8  # on which constant answers are looked for
 _PLANTED = 0.9  # constancy from which on an answer is taken for planted; as BAIT's threshold
 _COMPARABLE = 0.9  # answers less constant than this share of the most constant one are not aimed at
 _EMBEDDING_SAMPLE = 4096  # tokens that the scale of real embeddings is measured on
@@ -856,7 +856,7 @@ class CrowTrainer(SFTTrainer):
 
     def _find_constant_answers(self, first: Tensor | None) -> None:
         order = torch.randperm(len(self.train_dataset), generator=_generator(self.args.seed, 0))
-        rows = [self.train_dataset[i] for i in order[:_SCANNED_PROMPTS].tolist()]
+        rows = [self.train_dataset[i] for i in order[:SCANNED_PROMPTS].tolist()]
         batch = self._prepare_inputs(self.data_collator(rows))
         ends = _prompt_ends(batch["labels"], batch["attention_mask"]).tolist()
         called = self._probe(batch) if self.args.probes else []
