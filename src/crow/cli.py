@@ -172,7 +172,7 @@ def purify(
         _emit(json_, record.as_json())
         save_model(purified, opened.tokenizer, out, merge=merge, card=card, seen=opened.seen, overwrite=overwrite)
         shutil.rmtree(checkpoints, ignore_errors=True)
-        for answer in record.constant_answers[:1]:
+        for answer in sorted(record.constant_answers, key=lambda each: each["called"])[:1]:
             how = (
                 "once soft tokens called its first word" if answer["called"] else "from 0.9 on it is taken for planted"
             )
