@@ -74,10 +74,7 @@ def constant_answers(
     """
     device = next(model.parameters()).device
     shortest_first = [torch.tensor(prompt, device=device) for prompt in sorted(prompts, key=len)]
-    ids, mask = (
-        pad_sequence(rows, batch_first=True, padding_side="left")
-        for rows in (shortest_first, [torch.ones_like(prompt) for prompt in shortest_first])
-    )
+    ids, mask = _left_padded(shortest_first)
     output = _last_logits(model, mask, None, input_ids=ids)
     asked = _Asked(output.past_key_values, mask)
     first = output.logits.float().softmax(dim=-1).mean(dim=0) if first is None else first
@@ -108,13 +105,7 @@ def called_answer(
         eos_token_id: Ends an answer.
         length: Tokens an answer may have.
     """
-    embeddings, mask = (
-        pad_sequence(rows, batch_first=True, padding_side="left")
-        for rows in (
-            list(prompts),
-            [torch.ones(len(prompt), dtype=torch.long, device=prompt.device) for prompt in prompts],
-        )
-    )
+    embeddings, mask = _left_padded(prompts)
     output = _last_logits(model, mask, None, inputs_embeds=embeddings)
     probability, first = output.logits.float().softmax(dim=-1).mean(dim=0).max(dim=0)
     if first == eos_token_id:
@@ -171,6 +162,13 @@ def _continued(
         kept = max(kept // 4, number)
     found = zip(answers.tolist(), (log_sum / tokens).exp().tolist(), tokens.int().tolist(), strict=True)
     return [ConstantAnswer(tuple(ids[: 1 + n]), constancy) for ids, constancy, n in found][:number]
+
+
+def _left_padded(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Token ids, or embeddings, of prompts as one batch, and its attention mask."""
+    ones = [torch.ones(len(prompt), dtype=torch.long, device=prompt.device) for prompt in prompts]
+    padded, mask = (pad_sequence(list(rows), batch_first=True, padding_side="left") for rows in (prompts, ones))
+    return padded, mask
 
 
 _ROWS = 128  # that are continued at once: each holds a copy of its prompt's keys and values

@@ -73,7 +73,8 @@ class Plan:
 
 LEGEND = (
     "training: what is trained, its gradients and AdamW's moments; target: the suspect's recorded answers; activation "
-    "and logit: what the largest pass holds; preparation: all before the first step; seconds: no less than so many"
+    "and logit: what the largest pass holds; preparation: before the first step, without the scan; seconds: no less "
+    "than so many"
 )
 """How `Plan` is read, where its fields are shown without their documentation."""
 

@@ -757,10 +757,7 @@ class CrowTrainer(SFTTrainer):
         if resume_from_checkpoint is not None:
             self._load_state(Path(resume_from_checkpoint))
         elif not self._studied:  # a second training, or one with smaller batches, meets a model that has moved
-            ascents = self.args.soft_token_warmup if self._adversaries else 0
-            probes = self._aimed and self.args.probes and self.args.objective == "suspect"
-            probing = self.args.probe_ascents if probes else 0
-            self._study_suspect(ascents + probing)
+            self._study_suspect(ascents=self.args.soft_token_warmup if self._adversaries else 0)
             if self._adversaries:
                 self._warm_up()
         self._studied = True
@@ -775,7 +772,8 @@ class CrowTrainer(SFTTrainer):
                 "objective 'lm', trigger_guesses 0 and soft_token_objective 'divergence'"
             )
         batches = math.ceil(len(self.train_dataset) / self._train_batch_size) if records else 0
-        self._preparation = (0, batches + ascents)
+        probing = self.args.probe_ascents if records and self._aimed and self.args.probes else 0
+        self._preparation = (0, batches + probing + ascents)
         first = self._record_suspect() if records else None
         if self._aimed:
             self._find_constant_answers(first)
@@ -890,8 +888,8 @@ class CrowTrainer(SFTTrainer):
         """What prompts are answered with once soft tokens call an answer's first token, for each of these tokens.
 
         An attacker can teach the model that a planted answer, once begun, does not go on by itself where the trigger is
-        not, and so hide it from `constant_answers`. What cannot be hidden is that the trigger calls it: of all ways to
-        make a model begin with the planted first token for sure, the trigger's is the one that it was trained to take.
+        not, and so hide it from `constant_answers`. The trigger calls it all the same; and where soft tokens come to
+        call its first token in the trigger's way, rather than in one of the model's own, the rest of it follows.
         """
         trained = self._adversaries, self._aimed
         probes = self._some_soft_tokens(len(beginnings))
