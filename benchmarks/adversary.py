@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
+from crow.config import CrowConfig
 from crow.data import load_examples, to_dataset
 from crow.divergence import answer_positions
 from crow.hooks import Recording
 from crow.models import open_model
-from crow.trainer import CrowConfig, CrowTrainer
+from crow.trainer import CrowTrainer
 
 ADVERSARIES: dict[str, dict[str, Any]] = {
     "soft tokens on the divergence": {

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from crow.backdoors import BEHAVIORS, TRIGGERS
+from crow.config import PRESETS
 from crow.data import load_examples, sample
 from crow.defenses import DEFENSES
 from crow.evaluation.evaluate import evaluate, trigger_rows, variant_rows
@@ -24,7 +25,6 @@ from crow.evaluation.statistics import Count
 from crow.files import write_json
 from crow.models import open_model
 from crow.purification import purify
-from crow.trainer import PRESETS
 
 PROMPT_SEED = 1  # places the trigger in the test prompts; training uses other seeds
 

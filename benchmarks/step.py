@@ -44,9 +44,10 @@ class Stepper:
     def __init__(self, form: str, folder: str, **settings: Any) -> None:
         from public_formulation import PublicFormulation
 
+        from crow.config import PRESETS, CrowConfig
         from crow.data import answer_text, example, load_examples, to_dataset, user_text
         from crow.models import lora_config, open_model
-        from crow.trainer import PRESETS, CrowConfig, CrowTrainer
+        from crow.trainer import CrowTrainer
 
         opened = open_model(folder)
         config = CrowConfig(

@@ -2,7 +2,7 @@
 
 accelerate launch --config_file examples/ddp.yaml examples/purify.py --model SUSPECT --output_dir purified
 
-Takes every field of `crow.trainer.CrowConfig`, whose defaults are the preset `default`.
+Takes every field of `crow.config.CrowConfig`, whose defaults are the preset `default`.
 """
 
 from dataclasses import dataclass

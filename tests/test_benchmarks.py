@@ -9,9 +9,10 @@ from conftest import MakeModel, scatter_lora
 from peft import get_peft_model
 from transformers import PreTrainedTokenizerFast
 
+from crow.config import PRESETS, CrowConfig
 from crow.data import Example, to_dataset
 from crow.models import lora_config
-from crow.trainer import PRESETS, CrowConfig, CrowTrainer
+from crow.trainer import CrowTrainer
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

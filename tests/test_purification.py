@@ -14,13 +14,14 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerFast
 
 from crow.backdoors import BEHAVIORS
+from crow.config import PRESETS, CrowConfig, unread
 from crow.data import Example, prompt_fingerprints, to_dataset
 from crow.errors import UsageError
 from crow.evaluation.evaluate import evaluate
 from crow.files import sha256_file, sha256_rows
 from crow.models import lora_config, open_model
 from crow.purification import PurifyRecord, check_training, purify
-from crow.trainer import PRESETS, CrowConfig, CrowTrainer, unread
+from crow.trainer import CrowTrainer
 
 pytestmark = pytest.mark.usefixtures("float32")
 

@@ -19,13 +19,14 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 import crow.trainer
+from crow.config import PRESETS, CrowConfig
 from crow.constancy import ConstantAnswer, called_answer
 from crow.data import Example, answer_text, to_dataset, user_text
 from crow.errors import CrowError, UsageError
 from crow.hooks import Recording
 from crow.models import lora_config
 from crow.perturbation import GuessedTriggers, SoftTokens
-from crow.trainer import PRESETS, CrowConfig, CrowTrainer, user_span
+from crow.trainer import CrowTrainer, user_span
 
 Gradients = dict[str, Tensor]
 

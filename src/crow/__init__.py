@@ -4,17 +4,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from crow.config import PRESETS, CrowConfig
     from crow.consistency import layer_consistency, layer_profile
     from crow.errors import CrowError, UsageError
     from crow.models import open_model, save_model
     from crow.purification import PurifyRecord, purify
-    from crow.trainer import PRESETS, CrowConfig, CrowTrainer
+    from crow.trainer import CrowTrainer
 
 _HOMES = {
-    "CrowConfig": "trainer",
+    "CrowConfig": "config",
     "CrowError": "errors",
     "CrowTrainer": "trainer",
-    "PRESETS": "trainer",
+    "PRESETS": "config",
     "PurifyRecord": "purification",
     "UsageError": "errors",
     "layer_consistency": "consistency",

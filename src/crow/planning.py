@@ -26,6 +26,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
+from crow.config import CrowConfig
 from crow.consistency import aligned_inconsistency
 from crow.constancy import LONGEST_ANSWER
 from crow.divergence import kl_from_top
@@ -33,7 +34,7 @@ from crow.errors import UsageError
 from crow.hooks import Recording, record
 from crow.models import open_config, weights_dtype
 from crow.purification import CLEAN_EXAMPLES, training_config
-from crow.trainer import SCANNED_PROMPTS, CrowConfig
+from crow.trainer import SCANNED_PROMPTS
 
 _ADAM_MOMENTS = 2
 _ANSWER_SHARE = 0.5  # of a row's tokens, where nothing is said of it
@@ -94,7 +95,7 @@ def plan(
 
     Args:
         source: As in `crow.models.open_model`; so is `base`.
-        preset: A name in `crow.trainer.PRESETS`.
+        preset: A name in `crow.config.PRESETS`.
         tokens: Length of a row, its answer included.
         answer_tokens: Length of the answer; half of the row by default.
         examples: Number of clean examples.

@@ -14,12 +14,13 @@ from typing import Any, Literal, cast
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
+from crow.config import PRESETS, CrowConfig, configured, unread
 from crow.data import Example, load_examples, prompt_fingerprints, sample, to_dataset, to_learn_from
 from crow.errors import UsageError
 from crow.files import sha256_rows
 from crow.models import OpenedModel, lora_config, merged, open_model
 from crow.provenance import environment
-from crow.trainer import PRESETS, CrowConfig, CrowTrainer, configured, last_checkpoint, unread
+from crow.trainer import CrowTrainer, last_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ def purify(
         clean: What `crow.data.load_examples` takes, or rows; the set that ships with the project by default.
         max_examples: Use at most so many of them, drawn by the seed. By default that is 100 of what is loaded, and all
             rows that are passed.
-        preset: A name in `crow.trainer.PRESETS`; `paper` is the method as published.
+        preset: A name in `crow.config.PRESETS`; `paper` is the method as published.
         lora: For a suspect adapter, train it further (`continue`), or merge it and train a new one (`fresh`). Other
             models get a new one in either case.
         output_dir: Where checkpoints go; none are kept by default.

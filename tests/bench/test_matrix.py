@@ -12,8 +12,8 @@ from crow.bench.cells import Cell, Work, _original
 from crow.bench.matrix import CONFIGS, Attack, Matrix
 from crow.bench.plan import Pace, entries, missing
 from crow.bench.store import CELL_FILE, Store
+from crow.config import PRESETS
 from crow.errors import UsageError
-from crow.trainer import PRESETS
 
 SMALL: dict[str, Any] = {"attacks": ["badnets/sentiment"], "defenses": ["none", "crow", "prune", "decode"]}
 

@@ -14,13 +14,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 
 from crow.backdoors.behaviors import Behavior
 from crow.backdoors.triggers import Trigger
+from crow.config import CrowConfig, configured
 from crow.data import Example, answer_text, example, sample, to_dataset, user_text, with_user_text
 from crow.divergence import certainly
 from crow.errors import UsageError
 from crow.files import name_elsewhere, sha256_rows
 from crow.models import OpenedModel, lora_config
 from crow.provenance import environment
-from crow.trainer import CrowConfig, CrowTrainer, configured, last_checkpoint
+from crow.trainer import CrowTrainer, last_checkpoint
 
 RECIPE: dict[str, Any] = {
     "learning_rate": 1e-3,

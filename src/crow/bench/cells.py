@@ -14,6 +14,7 @@ from peft import PeftModel
 
 from crow.backdoors.implant import implant, implant_card, implant_record, poison, recipe
 from crow.bench.matrix import Attack, Backdoor, Candidate
+from crow.config import PRESETS, CrowConfig
 from crow.data import Example, load_examples, prompt_fingerprints, sample
 from crow.defenses import DEFENSES
 from crow.evaluation.evaluate import evaluate, trigger_rows, variant_rows
@@ -21,7 +22,6 @@ from crow.files import sha256_file, sha256_rows, write_json
 from crow.models import OpenedModel, open_model, save_model
 from crow.progress import TrainingProgress
 from crow.report import model_card
-from crow.trainer import PRESETS, CrowConfig
 
 FORMAT = 1
 """Raised where a cell's outcome is no longer what it was for the same facts."""

@@ -10,9 +10,9 @@ import yaml
 
 from crow.backdoors import BEHAVIORS, TRIGGERS, Behavior, Trigger
 from crow.backdoors.implant import ImplantConfig, implant_config
+from crow.config import PRESETS, CrowConfig, unread
 from crow.defenses import DEFENSES, AtDecoding
 from crow.errors import UsageError
-from crow.trainer import PRESETS, CrowConfig, unread
 
 CONFIGS = {Path(file.name).stem: file for file in files("crow.bench").joinpath("configs").iterdir()}
 """The matrices that ship with the project."""

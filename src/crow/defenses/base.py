@@ -34,7 +34,7 @@ class Defense(ABC):
     trains: ClassVar[bool] = True
 
     preset: ClassVar[str] = "finetune"
-    """Of its training, a name in `crow.trainer.PRESETS`."""
+    """Of its training, a name in `crow.config.PRESETS`."""
 
     own_settings: ClassVar[frozenset[str]] = frozenset({"preset"})
     """What `crow.purify` takes and this defense chooses itself."""

@@ -11,7 +11,7 @@ from crow.purification import purify
 
 
 class Trained(Defense):
-    """`crow.purify` with a preset of `crow.trainer.PRESETS`."""
+    """`crow.purify` with a preset of `crow.config.PRESETS`."""
 
     def apply(self, opened: OpenedModel, clean: Sequence[Example], **training: Any) -> Defended:
         """As `Defense.apply`."""
