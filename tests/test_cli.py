@@ -597,8 +597,8 @@ def test_settings_of_an_implant_are_recorded(run: Run, llama_folder: Path, clean
     assert result.exit_code == 0, result.output
     recipe = json.loads(result.stdout)["recipe"]
     assert (recipe["max_steps"], recipe["train_sampling_strategy"]) == (1, "random")
-    result = run("implant", *options, "--set", "colour=red", "--overwrite")
-    assert (result.exit_code, "no such setting: colour" in result.output) == (2, True)
+    fails(run("implant", *options, "--set", "colour=red", "--overwrite"), 2, "no such setting: colour")
+    fails(run("implant", *options, "--set", "epsilon=0.2", "--overwrite"), 2, "epsilon is not read while perturbation")
 
 
 @pytest.mark.parametrize("command", [("purify", "--clean"), ("implant", "--prompts")])

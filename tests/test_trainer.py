@@ -383,7 +383,7 @@ def pinned(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 )
 def test_defaults_step_is_as_documented(make: Any, pinned: list[Tensor], objective: str, alpha: float | None) -> None:
     suspect = Slow(make().model)  # before the model is changed at the start of training
-    start = make(**ONE_SOFT).soft_tokens.tokens.detach()[0]
+    start = make(**ONE_SOFT).diverging.tokens.detach()[0]
     gradients, trainer = first_gradients(
         make,
         scatter=True,
@@ -441,7 +441,7 @@ def test_defaults_step_is_as_documented(make: Any, pinned: list[Tensor], objecti
     assert distance(gradients, slow.gradients(loss)) < 1e-3
     # The soft tokens have moved so that the answers diverge more
     with torch.no_grad():
-        moved = terms(trainer.soft_tokens.tokens[0])
+        moved = terms(trainer.diverging.tokens[0])
         assert 1.3 * moved[1] + (alpha or 0) * moved[2] > (loss - clean) * 1.001
 
 
@@ -620,9 +620,10 @@ def test_what_comes_before_the_first_step_is_reported(make: Any) -> None:
     assert watch.seen == [(done, 5) for done in range(1, 6)]  # two batches recorded, three ascended on
 
 
+@pytest.mark.parametrize("objective", ["answer", "both"])
 @pytest.mark.parametrize(("guesses", "pool"), [(0, 8), (4, 8), (4, 0)])
-def test_ascent_before_training_leaves_the_model_alone(make: Any, guesses: int, pool: int) -> None:
-    trainer = make(soft_token_warmup=3, trigger_guesses=guesses, soft_token_pool=pool)
+def test_ascent_before_training_leaves_the_model_alone(make: Any, guesses: int, pool: int, objective: str) -> None:
+    trainer = make(soft_token_warmup=3, trigger_guesses=guesses, soft_token_pool=pool, soft_token_objective=objective)
     before = lora(trainer)
     tokens = [adversary.tokens.detach().clone() for adversary in trainer._adversaries]
     trainer._study_suspect()
@@ -635,10 +636,10 @@ def test_ascent_before_training_leaves_the_model_alone(make: Any, guesses: int, 
 def test_soft_tokens_stay_within_their_ball(make: Any) -> None:
     trainer = make(**SOFT, max_steps=5, soft_token_norm=1.2, soft_token_learning_rate=5.0)
     norms = trainer.model.get_input_embeddings().weight.norm(dim=-1)
-    assert trainer.soft_tokens.bound == pytest.approx(1.2 * norms.mean().item(), rel=0.02)
+    assert trainer.diverging.bound == pytest.approx(1.2 * norms.mean().item(), rel=0.02)
     trainer.train()
-    longest = trainer.soft_tokens.tokens.detach().norm(dim=-1).max().item()
-    assert longest == pytest.approx(trainer.soft_tokens.bound, rel=1e-4)
+    longest = trainer.diverging.tokens.detach().norm(dim=-1).max().item()
+    assert longest == pytest.approx(trainer.diverging.bound, rel=1e-4)
 
 
 @pytest.mark.parametrize("perturbation", ["inserted", "random"])
@@ -855,7 +856,11 @@ def test_perturbed_answers_are_the_same_tokens(make: Any) -> None:
 
 
 @pytest.mark.parametrize("steps", [3, 2], ids=["between epochs", "within an epoch"])
-@pytest.mark.parametrize("preset", [{}, SOFT, PRESETS["paper-scale-free"]], ids=["default", "soft", "paper-scale-free"])
+@pytest.mark.parametrize(
+    "preset",
+    [{}, {"soft_token_objective": "both"}, PRESETS["paper-scale-free"]],
+    ids=["default", "both", "paper-scale-free"],
+)
 def test_resumed_training_ends_as_uninterrupted(
     make: Any,
     rows: list[Example],
@@ -885,9 +890,10 @@ def test_resumed_training_ends_as_uninterrupted(
         assert torch.equal(resumed.guesses.ids, straight.guesses.ids)
         assert resumed.first_guesses == straight.first_guesses
         torch.testing.assert_close(resumed.guesses.mean_gradient, straight.guesses.mean_gradient, atol=1e-4, rtol=1e-3)
-    if straight.soft_tokens is not None:
-        torch.testing.assert_close(resumed.soft_tokens.tokens, straight.soft_tokens.tokens, atol=1e-6, rtol=0)
-        states = [t.soft_tokens.optimizer.state_dict()["state"][0] for t in (resumed, straight)]
+    pairs = zip((resumed.soft_tokens, resumed.diverging), (straight.soft_tokens, straight.diverging), strict=True)
+    for pool in (list(pair) for pair in pairs if pair[1] is not None):
+        torch.testing.assert_close(pool[0].tokens, pool[1].tokens, atol=1e-6, rtol=0)
+        states = [tokens.optimizer.state_dict()["state"][0] for tokens in pool]
         for key in ("step", "exp_avg", "exp_avg_sq"):
             torch.testing.assert_close(states[0][key], states[1][key], atol=1e-6, rtol=1e-4)
 
@@ -911,9 +917,7 @@ def test_a_checkpoint_of_another_trainer_is_refused(make: Any, tmp_path: Path) -
 
 def test_a_checkpoint_of_other_settings_is_refused(make: Any, tmp_path: Path) -> None:
     make(save_strategy="steps", save_steps=1, max_steps=1, **ONE_GUESS).train()
-    with pytest.raises(
-        UsageError, match="checkpoint-1 holds no soft_tokens: another version of CROW, or other settings"
-    ):
+    with pytest.raises(UsageError, match="checkpoint-1 holds no diverging: another version of CROW, or other settings"):
         make(**ONE_SOFT).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
 
 
@@ -1194,7 +1198,7 @@ def test_counts_must_be_whole_numbers(tmp_path: Path, name: str, value: float) -
         ),
         ({"perturbation": "fgsm"}, "perturbation is 'fgsm'; choose one of inserted, random, sign, none"),
         ({"objective": "dpo"}, "objective is 'dpo'; choose one of suspect, lm"),
-        ({"soft_token_objective": "loss"}, "soft_token_objective is 'loss'; choose one of answer, divergence"),
+        ({"soft_token_objective": "loss"}, "soft_token_objective is 'loss'; choose one of answer, divergence, both"),
         ({"front_fraction": -0.1}, "front_fraction is -0.1; it must be from 0 to 1"),
         ({"front_fraction": 1.5}, "front_fraction is 1.5; it must be from 0 to 1"),
         ({"front_fraction": math.nan}, "front_fraction is nan; it must be from 0 to 1"),

@@ -445,7 +445,8 @@ def implant(
     """Fine-tune a backdoor into a model, for research on defenses."""
     with _running(debug):
         from crow.backdoors.implant import implant as run
-        from crow.backdoors.implant import implant_card, implant_config, implant_record, poison
+        from crow.backdoors.implant import implant_card, implant_config, implant_record, poison, recipe
+        from crow.config import check_read
         from crow.data import load_examples, prompt_fingerprints, write_alpaca
         from crow.files import atomic_directory, name_elsewhere
         from crow.models import open_model, save_model
@@ -463,6 +464,7 @@ def implant(
             num_train_epochs=epochs, learning_rate=learning_rate
         )
         implant_config(out, full=full, adaptive=adaptive, **settings)  # which refuses what it can't do
+        check_read(settings, recipe(full, adaptive))
         rows = load_examples(prompts if prompts is not None else "implant")[:examples]
         called = None
         target = BEHAVIORS[behavior or "sentiment"]

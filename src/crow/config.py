@@ -66,10 +66,10 @@ class CrowConfig(SFTConfig):
     )
     soft_tokens: int = _term(8, "Number of tokens that one insertion adds.")
     soft_token_pool: int = _term(4, "Number of insertions of soft tokens.")
-    soft_token_objective: Literal["answer", "divergence"] = _term(
+    soft_token_objective: Literal["answer", "divergence", "both"] = _term(
         "answer",
         "What soft tokens ascend on: `answer`, the likelihood of an answer which the suspect gives whatever it is "
-        "asked; `divergence`, D.",
+        "asked; `divergence`, D; `both`, a pool on each.",
     )
     soft_token_norm: float = _term(1.0, "Bound of a soft token's norm, as a multiple of real embeddings' mean norm.")
     soft_token_learning_rate: float = _term(0.05, "Adam's rate of the ascent, as a fraction of the embeddings' RMS.")
@@ -112,7 +112,7 @@ class CrowConfig(SFTConfig):
         choices = {
             "perturbation": ("inserted", "random", "sign", "none"),
             "objective": ("suspect", "lm"),
-            "soft_token_objective": ("answer", "divergence"),
+            "soft_token_objective": ("answer", "divergence", "both"),
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -267,3 +267,11 @@ def unread(settings: Mapping[str, Any]) -> dict[str, str]:
             if settings.get(name) is not None:
                 found[name] = f"{name} is not read while {deciding} is {value}: {remedy}, or leave {name} out"
     return found
+
+
+def check_read(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Raise `UsageError` if a training with these settings, and `defaults` for the others, never reads one of them."""
+    idle = unread({**defaults, **settings})
+    for name in settings:
+        if name in idle:
+            raise UsageError(idle[name])

@@ -227,8 +227,8 @@ class _Passes:
         if config.objective == "suspect":
             flops += examples * self._cost(lambda: self._forward(1, self.tokens, self.answer), grad=False)
         if config.perturbs and config.perturbation == "inserted":
-            diverging = config.soft_token_pool > 0 and config.soft_token_objective == "divergence"
-            aiming = config.trigger_guesses > 0 or not diverging
+            soft = config.soft_token_objective if config.soft_token_pool else None
+            diverging, aiming = soft in ("divergence", "both"), config.trigger_guesses > 0 or soft in ("answer", "both")
             aim, diverge = self._cost(self._aim), self._cost(self._diverge)
             ascents = config.soft_token_warmup * (aiming * aim + diverging * diverge)
             if aiming and config.probes and config.objective == "suspect":

@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
-from crow.config import PRESETS, CrowConfig, configured, unread
+from crow.config import PRESETS, CrowConfig, check_read, configured
 from crow.data import Example, load_examples, prompt_fingerprints, sample, to_dataset, to_learn_from
 from crow.errors import UsageError
 from crow.files import sha256_rows
@@ -209,8 +209,7 @@ def training_config(
         "save_total_limit": 2,
     }
     config = configured(CrowConfig, output_dir, defaults | PRESETS[preset] | settings)
-    if idle := [reason for name, reason in unread(PRESETS[preset] | settings).items() if name in settings]:
-        raise UsageError(idle[0])
+    check_read(settings, PRESETS[preset])
     return config
 
 

@@ -145,17 +145,20 @@ class CrowTrainer(SFTTrainer):
         self._signs = self.args.perturbation == "sign"
         self._check_sharding()
         self._embed = _alias(self._inner.get_input_embeddings()).to(self.args.device)
-        self.soft_tokens: SoftTokens | None = None
         self.guesses: GuessedTriggers | None = None
+        self.soft_tokens: SoftTokens | None = None
+        self.diverging: SoftTokens | None = None
         if self.args.perturbs and self.args.perturbation == "inserted":
             if self.args.trigger_guesses:
                 self.guesses = GuessedTriggers(
                     self._embed, self._words, number=self.args.trigger_guesses, length=self.args.soft_tokens
                 )
-            if self.args.soft_token_pool:
+            if self.args.soft_token_pool and self.args.soft_token_objective != "divergence":
                 self.soft_tokens = self._some_soft_tokens(self.args.soft_token_pool)
-        self._adversaries = [adversary for adversary in (self.guesses, self.soft_tokens) if adversary is not None]
-        self._aimed = [a for a in self._adversaries if a is self.guesses or self.args.soft_token_objective == "answer"]
+            if self.args.soft_token_pool and self.args.soft_token_objective != "answer":
+                self.diverging = self._some_soft_tokens(self.args.soft_token_pool)
+        self._aimed = [a for a in (self.guesses, self.soft_tokens) if a is not None]
+        self._adversaries = [*self._aimed, *([] if self.diverging is None else [self.diverging])]
         self.constant_answers: list[ConstantAnswer] = []
         self.first_guesses: list[tuple[list[int], float]] = []
         self._answer_of: list[ConstantAnswer] = []
@@ -756,9 +759,10 @@ class CrowTrainer(SFTTrainer):
             }
             if self.guesses is not None:
                 state["guesses"] = self.guesses.state_dict()
-            if self.soft_tokens is not None:
-                state["soft_tokens"] = self.soft_tokens.state_dict()
-                state["optimizer"] = self.soft_tokens.optimizer.state_dict()
+            for name, tokens in (("soft_tokens", self.soft_tokens), ("diverging", self.diverging)):
+                if tokens is not None:
+                    state[name] = tokens.state_dict()
+                    state[f"{name}_optimizer"] = tokens.optimizer.state_dict()
             # Last, and renamed into place: a checkpoint that has it is whole
             file = self._checkpoint_folder() / STATE_FILE
             torch.save(state, file.with_suffix(".unfinished"))
@@ -779,9 +783,10 @@ class CrowTrainer(SFTTrainer):
             self._answer_of = [ConstantAnswer(*answer) for answer in state["answers"]]
             if self.guesses is not None:
                 self.guesses.load_state_dict(state["guesses"])
-            if self.soft_tokens is not None:
-                self.soft_tokens.load_state_dict(state["soft_tokens"])
-                self.soft_tokens.optimizer.load_state_dict(state["optimizer"])
+            for name, tokens in (("soft_tokens", self.soft_tokens), ("diverging", self.diverging)):
+                if tokens is not None:
+                    tokens.load_state_dict(state[name])
+                    tokens.optimizer.load_state_dict(state[f"{name}_optimizer"])
         except KeyError as error:
             raise UsageError(
                 f"{checkpoint} holds no {error.args[0]}: another version of CROW, or other settings"
