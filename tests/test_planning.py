@@ -90,6 +90,15 @@ def test_what_precedes_the_steps_is_counted(llama_folder: Path) -> None:
     assert told.seconds == pytest.approx(told.preparation_seconds + told.steps * told.step_seconds)
 
 
+def test_a_step_that_ascends_less_often_is_less_work(llama_folder: Path) -> None:
+    def step(**settings: Any) -> int:
+        return planned(llama_folder, preset="default", **settings).step_flops
+
+    unaimed = step(soft_token_objective="divergence", trigger_guesses=0)
+    assert unaimed < step(ascend_every=3) < step() == step(soft_token_objective="divergence")
+    assert step(ascend_every=3) - unaimed == pytest.approx((step() - unaimed) / 3)
+
+
 def test_every_architecture(architecture: str, tmp_path: Path) -> None:
     model = tiny_model(architecture, 600)
     model.config.save_pretrained(tmp_path)

@@ -127,14 +127,14 @@ def plan(
         passes = _Passes(model, config, tokens, answer)
         with _Accounts() as accounts, passes.noting(accounts):
             passes.step()
-        before = passes.preparation(examples)
+        before, spared = passes.preparation(examples), passes.spared()
     targets = examples * answer * config.target_top_k * 12 if config.objective == "suspect" else 0
     training_bytes = sum(p.nbytes for p in trained) * (2 + _ADAM_MOMENTS)
     width = model_config.get_text_config().hidden_size
     tflops = _speed(config.per_device_train_batch_size * tokens, width, dtype) if tflops is None else tflops
     steps = math.ceil(examples / config.per_device_train_batch_size / config.gradient_accumulation_steps)
     steps = math.ceil(steps * config.num_train_epochs) if config.max_steps < 0 else config.max_steps
-    flops = accounts.flops * config.gradient_accumulation_steps
+    flops = (accounts.flops - spared) * config.gradient_accumulation_steps
     return Plan(
         parameters=parameters,
         trained_parameters=sum(p.numel() for p in trained),
@@ -216,7 +216,7 @@ class _Passes:
         else:
             if config.anchor is not None:
                 self._forward(math.ceil(rows * config.anchor_fraction), tokens, answer)[0].backward()
-            if config.perturbation == "inserted":
+            if self._aims:
                 self._aim()
             self._forward(rows, tokens + config.soft_tokens, answer)[0].backward()
         self.model.zero_grad()
@@ -227,17 +227,27 @@ class _Passes:
         if config.objective == "suspect":
             flops += examples * self._cost(lambda: self._forward(1, self.tokens, self.answer), grad=False)
         if config.perturbs and config.perturbation == "inserted":
-            soft = config.soft_token_objective if config.soft_token_pool else None
-            diverging, aiming = soft in ("divergence", "both"), config.trigger_guesses > 0 or soft in ("answer", "both")
+            diverging = config.soft_token_pool > 0 and config.soft_token_objective != "answer"
             aim, diverge = self._cost(self._aim), self._cost(self._diverge)
-            ascents = config.soft_token_warmup * (aiming * aim + diverging * diverge)
-            if aiming and config.probes and config.objective == "suspect":
+            ascents = config.soft_token_warmup * (self._aims * aim + diverging * diverge)
+            if self._aims and config.probes and config.objective == "suspect":
                 ascents += config.probe_ascents * self._cost(lambda: self._aim(answer=1))
                 prompts, length = min(SCANNED_PROMPTS, examples), self.tokens - self.answer + config.soft_tokens
                 read = self._cost(lambda: self._forward(prompts, length + LONGEST_ANSWER, 1), grad=False)
                 flops += config.probes * read
             flops += ascents * config.gradient_accumulation_steps
         return flops
+
+    def spared(self) -> int:
+        """Operations of a step that are not taken in each: the ascents, of which there is one in `ascend_every`."""
+        return round(self._cost(self._aim) * (1 - 1 / self.config.ascend_every)) if self._aims else 0
+
+    @property
+    def _aims(self) -> bool:
+        """Whether something that is inserted ascends on the likelihood of an answer."""
+        config = self.config
+        soft = config.soft_token_pool > 0 and config.soft_token_objective != "divergence"
+        return config.perturbs and config.perturbation == "inserted" and (soft or config.trigger_guesses > 0)
 
     def _cost(self, run: Callable[[], Any], grad: bool = True) -> int:
         with _Accounts() as accounts, torch.set_grad_enabled(grad):
