@@ -24,7 +24,7 @@ from crow.constancy import ConstantAnswer, called_answer
 from crow.data import Example, answer_text, to_dataset, user_text
 from crow.errors import CrowError, UsageError
 from crow.hooks import Recording
-from crow.models import lora_config
+from crow.models import lora_config, open_model
 from crow.perturbation import GuessedTriggers, SoftTokens
 from crow.trainer import CrowTrainer, user_span
 
@@ -850,6 +850,23 @@ def test_perturbed_answers_are_the_same_tokens(make: Any) -> None:
     scored = batch["labels"].roll(-1, 1) != -100
     scored[:, -1] = False
     assert torch.equal(perturbed.embeddings[perturbed.answers], embeddings[scored])
+
+
+def test_a_model_that_is_named_is_opened_as_any_suspect_is(
+    llama_folder: Path, rows: list[Example], tmp_path: Path
+) -> None:
+    def named(folder: Path) -> CrowTrainer:
+        data, config = to_dataset(rows[:8]), CrowConfig(output_dir=str(tmp_path / "out"), **BASIC)
+        return CrowTrainer(str(folder), config, train_dataset=data, peft_config=lora_config())
+
+    trainer = named(llama_folder)
+    assert trainer.processing_class.chat_template == open_model(llama_folder).tokenizer.chat_template
+    folder = tmp_path / "pickled"
+    folder.mkdir()
+    (folder / "config.json").write_text((llama_folder / "config.json").read_text())
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(UsageError, match="only pickled weights"):
+        named(folder)
 
 
 # State

@@ -26,7 +26,7 @@ from crow.constancy import ConstantAnswer, called_answer, constant_answers
 from crow.divergence import answer_positions, answer_weights, kl_from_top, ruling_out, top_log_probs
 from crow.errors import CrowError, UsageError
 from crow.hooks import Recording, lm_head_at, record
-from crow.models import base_model
+from crow.models import base_model, open_model
 from crow.perturbation import (
     GuessedTriggers,
     SoftTokens,
@@ -127,11 +127,12 @@ class _GroupedSampler(LengthGroupedSampler):
 class CrowTrainer(SFTTrainer):
     """Fine-tune a suspect model so that a perturbation of its input no longer moves its answers.
 
-    Takes what `trl.SFTTrainer` takes. The step is the parent's with two changes: the clean pass is back-propagated, and
-    its graph freed, before the perturbed one begins, so that the peak of memory stays that of supervised fine-tuning;
-    and terms are divided by counts over the whole accumulated batch, so that neither gradient accumulation nor a ragged
-    last batch changes their weight. Logged each step: `loss`, and `clean`, `divergence`, `inconsistency`, `alpha` and
-    `constant_answers` (a log-likelihood, in nats) where they are on.
+    Takes what `trl.SFTTrainer` takes; a model that is named is opened by `crow.open_model`. The step is the parent's
+    with two changes: the clean pass is back-propagated, and its graph freed, before the perturbed one begins, so that
+    the peak of memory stays that of supervised fine-tuning; and terms are divided by counts over the whole accumulated
+    batch, so that neither gradient accumulation nor a ragged last batch changes their weight. Logged each step: `loss`,
+    and `clean`, `divergence`, `inconsistency`, `alpha` and `constant_answers` (a log-likelihood, in nats) where they
+    are on.
     """
 
     _tag_names: ClassVar[list[str]] = ["trl", "sft", "crow"]
@@ -139,6 +140,10 @@ class CrowTrainer(SFTTrainer):
     loss_is_scaled_for_ga = True  # every term below is divided by its count over the accumulated batch
 
     def __init__(self, model: Any, args: CrowConfig | None = None, **kwargs: Any) -> None:
+        if isinstance(model, str | Path):
+            opened = open_model(model)  # where the parent would read pickled weights, too
+            model = opened.model
+            kwargs.setdefault("processing_class", opened.tokenizer)
         super().__init__(model, args if args is not None else CrowConfig(), **kwargs)
         self.train_dataset: Any = _numbered(self.train_dataset)
         self.data_collator: _Collator = _Collator(self.data_collator)
