@@ -25,7 +25,7 @@ ADVERSARIES: dict[str, dict[str, Any]] = {
         "soft_token_pool": 8,
         "soft_token_objective": "divergence",
     },
-    "soft tokens on an answer": {"trigger_guesses": 0, "soft_token_pool": 8},
+    "soft tokens on an answer": {"trigger_guesses": 0, "soft_token_pool": 8, "soft_token_objective": "answer"},
     "guessed triggers": {"trigger_guesses": 8, "soft_token_pool": 0},
 }
 
@@ -68,7 +68,6 @@ def main() -> None:
             report_to="none",
             save_strategy="no",
             soft_token_warmup=args.steps,
-            probes=0,
             seed=0,
             **settings,
         )

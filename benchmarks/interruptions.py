@@ -69,7 +69,7 @@ MATRIX: dict[str, Any] = {
     "attacker_examples": 8,
     "answer_tokens": 8,
     "implant": {"num_train_epochs": 2, "max_length": 128},
-    "training": {"max_steps": 4, "save_steps": 1, "soft_token_warmup": 1, "probe_ascents": 1, "max_length": 128},
+    "training": {"max_steps": 4, "save_steps": 1, "soft_token_warmup": 1, "max_length": 128},
 }
 
 
@@ -78,7 +78,7 @@ def commands(folder: Path) -> list[Command]:
     model, matrix = str(folder / "model"), folder / "matrix.yaml"
     matrix.write_text(yaml.safe_dump(MATRIX | {"models": [model]}), "utf-8")
     implant = ["--examples", "8", "--set", "per_device_train_batch_size=4", "--save-data", "data", "--out", "out"]
-    ascents = ["--set", "soft_token_warmup=2", "--set", "probe_ascents=1"]
+    ascents = ["--set", "soft_token_warmup=2"]
     purify = ["--examples", "16", "--batch-size", "4", *ascents, "--out", "out"]
     return [
         Command(["purify", model, *TRAINING, *purify], again=["--resume"]),

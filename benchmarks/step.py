@@ -118,8 +118,8 @@ def measure() -> dict[str, Any]:
     with embedded_folder() as folder:
         memory = {form: peak_memory(form, folder) for form in FORMS}
         # Probes find what is aimed at, and change no step
-        steppers = {form: Stepper(form, folder, probes=0) for form in (*FORMS, PUBLIC)}
-        steppers |= {name: Stepper("default", folder, probes=0, **settings) for name, settings in CHEAPER.items()}
+        steppers = {form: Stepper(form, folder) for form in (*FORMS, PUBLIC)}
+        steppers |= {name: Stepper("default", folder, **settings) for name, settings in CHEAPER.items()}
     times: dict[str, list[float]] = {form: [0.0] * ROUNDS for form in steppers}
     for stepper in steppers.values():
         stepper.step(0)  # warms up

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("float32")
 
 COMMANDS = ("purify", "evaluate", "implant", "report", "demo", "info", "defenses", "bench")
 SHORT = ("--examples", "8", "--epochs", "1", "--batch-size", "4")
-QUICK = (*SHORT, "--set", "soft_token_warmup=1", "--set", "probe_ascents=1")
+QUICK = (*SHORT, "--set", "soft_token_warmup=1")
 """SHORT, of the default."""
 
 Run = Callable[..., Result]

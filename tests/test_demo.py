@@ -18,7 +18,7 @@ def test_demo_writes_figures_report_and_model(
 
     monkeypatch.setattr(demo, "SUSPECT", str(adapter_folder))
     monkeypatch.setattr(demo, "PROMPTS", 3)
-    monkeypatch.setitem(demo.SIZES, True, {"examples": 12, "epochs": 1, "ascents": 1, "probes": 0, "new_tokens": 2})
+    monkeypatch.setitem(demo.SIZES, True, {"examples": 12, "epochs": 1, "ascents": 1, "new_tokens": 2})
     result = demo.run_demo(tmp_path / "out", quick=True)
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names >= {"before.json", "after.json", "purify.json", "report.html", "model"}

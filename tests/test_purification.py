@@ -29,7 +29,6 @@ QUICK: dict[str, Any] = {
     "num_train_epochs": 1,
     "per_device_train_batch_size": 4,
     "soft_token_warmup": 1,
-    "probe_ascents": 1,
 }
 SHORT: dict[str, Any] = {"num_train_epochs": 1, "per_device_train_batch_size": 4}
 """For presets that insert nothing that ascends."""
@@ -230,7 +229,7 @@ def test_bad_input_is_refused_in_one_line(
         ({"preset": "finetune", "epsilon": 0.1}, "epsilon is not read while perturbation is none: choose sign"),
         ({"preset": "finetune", "alpha": 2.0}, "alpha is not read .* choose inserted or random or sign, as preset"),
         ({"preset": "finetune", "front_fraction": 0.5}, "front_fraction is not read .* choose inserted or random"),
-        ({"preset": "random-tokens", "probes": 4}, "choose inserted, as preset 'default' does, or leave probes out"),
+        ({"preset": "random-tokens", "ascend_every": 4}, "as preset 'default' does, or leave ascend_every out"),
         ({"preset": "paper", "soft_token_norm": 2.0}, "soft_token_norm is not read while perturbation is sign"),
         ({"preset": "paper", "anchor_fraction": 0.5}, "anchor_fraction is not read"),
         ({"preset": "paper", "target_top_k": 8}, "target_top_k is not read while objective is lm: choose suspect"),
@@ -254,7 +253,7 @@ def test_a_setting_that_the_form_never_reads_is_refused(settings: dict[str, Any]
         {"preset": "random-tokens", "soft_tokens": 3, "front_fraction": 0.0, "anchor_fraction": 0.5},
         {"objective": "lm", "anchor": None},
         {"preset": "finetune", "alpha": None, "beta": None},
-        {"soft_token_pool": 0, "probes": 0},
+        {"soft_token_pool": 0},
     ],
 )
 def test_a_setting_that_is_read_or_switches_a_term_off_is_taken(settings: dict[str, Any]) -> None:
@@ -278,7 +277,7 @@ def test_what_is_said_not_to_be_read_changes_nothing(
             save_strategy="no",
             max_steps=2,
             warmup_steps=0,
-            **{"soft_token_warmup": 1, "probe_ascents": 1} | PRESETS[preset] | settings,
+            **{"soft_token_warmup": 1} | PRESETS[preset] | settings,
         )
         trainer = CrowTrainer(
             tiny_llama(), config, train_dataset=to_dataset(rows), processing_class=tokenizer, peft_config=lora_config()

@@ -20,7 +20,7 @@ from trl import SFTConfig, SFTTrainer
 
 import crow.trainer
 from crow.config import PRESETS, CrowConfig
-from crow.constancy import ConstantAnswer, called_answer
+from crow.constancy import ConstantAnswer
 from crow.data import Example, answer_text, to_dataset, user_text
 from crow.errors import CrowError, UsageError
 from crow.hooks import Recording
@@ -93,9 +93,7 @@ def make(tokenizer: PreTrainedTokenizerFast, rows: list[Example], tiny_llama: Ma
                 model = get_peft_model(model, lora_config())
                 scatter_lora(model)
         data = rows[:8] if data is None else data
-        config = CrowConfig(
-            **({"output_dir": str(tmp_path / "out"), "soft_token_warmup": 0, "probes": 0} | BASIC | settings)
-        )
+        config = CrowConfig(**({"output_dir": str(tmp_path / "out"), "soft_token_warmup": 0} | BASIC | settings))
         return trainer(
             model,
             config,
@@ -488,46 +486,6 @@ def test_guesses_and_soft_tokens_are_aimed_at_the_same_answers(make: Any) -> Non
     trainer._study_suspect()
     found, number = trainer.constant_answers, len(trainer.constant_answers)
     assert trainer._answer_of == [found[i % number] for i in (0, 1, 0, 1, 2)]
-
-
-@pytest.mark.parametrize(("constancy", "joins"), [(1.0, True), (0.0, False)])
-def test_what_probes_call_is_aimed_at_if_it_is_as_constant_as_what_the_scan_found(
-    make: Any, monkeypatch: pytest.MonkeyPatch, constancy: float, joins: bool
-) -> None:
-    called = ConstantAnswer((5, 6, 7), constancy)
-    monkeypatch.setattr(crow.trainer, "called_answer", lambda *args, **kwargs: called)
-    trainer = make(probes=2, probe_ascents=1)
-    before = lora(trainer)
-    trainer._study_suspect()
-    assert (called in trainer.constant_answers) == (called in trainer._answer_of) == joins
-    assert len(trainer._answer_of) == len(trainer.guesses.tokens) + len(trainer.soft_tokens.tokens)
-    assert all(torch.equal(weight, before[name]) for name, weight in lora(trainer).items())
-
-
-def test_probes_come_to_call_likely_first_tokens(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[list[Tensor]] = []
-
-    def keeping(model: Any, prompts: list[Tensor], **kwargs: Any) -> ConstantAnswer:
-        asked.append(prompts)
-        return called_answer(model, prompts, **kwargs)
-
-    monkeypatch.setattr(crow.trainer, "called_answer", keeping)
-
-    def probability(ascents: int) -> float:
-        """Of the token that each probe is to call, on average."""
-        asked.clear()
-        trainer = make(probes=3, probe_ascents=ascents)
-        first = trainer._record_suspect()
-        trainer._find_constant_answers(first)
-        wanted, slow = first.topk(3).indices.tolist(), Slow(trainer.model)
-        with torch.no_grad():
-            return sum(
-                slow(prompt)[1][-1].softmax(-1)[token].item()
-                for token, prompts in zip(wanted, asked, strict=True)
-                for prompt in prompts
-            ) / sum(map(len, asked))
-
-    assert probability(10) > 1.3 * probability(0)
 
 
 def test_the_best_guesses_come_first_and_stay(make: Any) -> None:

@@ -172,13 +172,10 @@ def purify(
         _emit(json_, record.as_json())
         save_model(purified, opened.tokenizer, out, merge=merge, card=card, seen=opened.seen, overwrite=overwrite)
         shutil.rmtree(checkpoints, ignore_errors=True)
-        for answer in sorted(record.constant_answers, key=lambda each: each["called"])[:1]:
-            how = (
-                "once soft tokens called its first word" if answer["called"] else "from 0.9 on it is taken for planted"
-            )
+        for answer in record.constant_answers[:1]:
             console.print(
                 f"Whatever the suspect was asked, it most readily went on with {_plain(repr(answer['text']))} "
-                f"(mean probability of a token {answer['constancy']:.3f}; {how})"
+                f"(mean probability of a token {answer['constancy']:.3f}; from 0.9 on it is taken for planted)"
             )
         done, kind = "Purified" if defense == "crow" else "Defended", "model" if merge else "adapter"
         console.print(

@@ -65,9 +65,9 @@ class CrowConfig(SFTConfig):
         0.5, "Share of the insertions that come first in the user's turn; the others come anywhere in it."
     )
     soft_tokens: int = _term(8, "Number of tokens that one insertion adds.")
-    soft_token_pool: int = _term(4, "Number of insertions of soft tokens.")
+    soft_token_pool: int = _term(4, "Number of insertions of soft tokens, of either kind where there are both.")
     soft_token_objective: Literal["answer", "divergence", "both"] = _term(
-        "answer",
+        "both",
         "What soft tokens ascend on: `answer`, the likelihood of an answer which the suspect gives whatever it is "
         "asked; `divergence`, D; `both`, a pool on each.",
     )
@@ -82,12 +82,6 @@ class CrowConfig(SFTConfig):
     ascend_every: int = _term(
         1, "Steps from one ascent of what is aimed at an answer to the next: more of them cost less, and lag behind."
     )
-    probes: int = _term(
-        32,
-        "How many of the likeliest first tokens soft tokens are made to call before all else, to see what answer comes "
-        "of it; 0 leaves that to the scan (objective `suspect` only).",
-    )
-    probe_ascents: int = _term(60, "Batches on which they ascend, each row on one of them.")
     target_top_k: int = _term(64, "How many log-probabilities of the suspect's distribution are kept per token.")
 
     other_targets: ClassVar[bool] = False  # whether the targets are others than the suspect's own answers
@@ -189,7 +183,7 @@ def configured(kind: type[Config], output_dir: str | Path, settings: Mapping[str
 
 
 _AT_LEAST_ONE = ("soft_tokens", "target_top_k", "calibration_steps", "ascend_every")
-_COUNTS = (*_AT_LEAST_ONE, "soft_token_pool", "soft_token_warmup", "trigger_guesses", "probes", "probe_ascents")
+_COUNTS = (*_AT_LEAST_ONE, "soft_token_pool", "soft_token_warmup", "trigger_guesses")
 _POSITIVE = (
     "learning_rate",
     "num_train_epochs",
@@ -240,8 +234,6 @@ _READ_ONLY_WITH: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
             "soft_token_learning_rate",
             "soft_token_warmup",
             "trigger_guesses",
-            "probes",
-            "probe_ascents",
             "ascend_every",
         ),
     ),

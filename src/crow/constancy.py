@@ -12,21 +12,17 @@ from torch.nn.utils.rnn import pad_sequence
 from crow.hooks import lm_head_at, position_ids
 from crow.models import base_model
 
-LONGEST_ANSWER = 6  # tokens of it that are looked at
-
 
 @dataclass(frozen=True)
 class ConstantAnswer:
     """The beginning of an answer, and how constant it is.
 
     `constancy` is the geometric mean, over the tokens after the first, of the token's probability averaged over
-    prompts. It is near 1 only where the rest follows from the first token on any prompt. Of an answer that was `called`
-    by tokens inserted into the prompts, the first token's probability counts as well.
+    prompts. It is near 1 only where the rest follows from the first token on any prompt.
     """
 
     token_ids: tuple[int, ...]
     constancy: float
-    called: bool = False
 
 
 @torch.no_grad()
@@ -37,7 +33,7 @@ def constant_answers(
     number: int,
     first: Tensor | None = None,
     eos_token_id: int | None = None,
-    length: int = LONGEST_ANSWER,
+    length: int = 6,
     beginnings: int = 128,
     rare: int = 64,
     screened: int = 2048,
@@ -74,8 +70,11 @@ def constant_answers(
     """
     device = next(model.parameters()).device
     shortest_first = [torch.tensor(prompt, device=device) for prompt in sorted(prompts, key=len)]
-    ids, mask = _left_padded(shortest_first)
-    output = _last_logits(model, mask, None, input_ids=ids)
+    ids, mask = (
+        pad_sequence(rows, batch_first=True, padding_side="left")
+        for rows in (shortest_first, [torch.ones_like(prompt) for prompt in shortest_first])
+    )
+    output = _last_logits(model, ids, mask, None)
     asked = _Asked(output.past_key_values, mask)
     first = output.logits.float().softmax(dim=-1).mean(dim=0) if first is None else first
     ranked = first.topk(min(beginnings + screened, len(first))).indices[:, None]
@@ -91,30 +90,6 @@ def constant_answers(
         )
     ]
     return sorted(found, key=lambda answer: answer.constancy, reverse=True)[:number]
-
-
-@torch.no_grad()
-def called_answer(
-    model: Any, prompts: Sequence[Tensor], *, eos_token_id: int | None = None, length: int = LONGEST_ANSWER
-) -> ConstantAnswer:
-    """What a model answers these prompts with, taken together: the token that is likeliest on average after another.
-
-    Args:
-        model: As for `constant_answers`.
-        prompts: Input embeddings of prompts, `(length, hidden)` each, up to where the answer begins.
-        eos_token_id: Ends an answer.
-        length: Tokens an answer may have.
-    """
-    embeddings, mask = _left_padded(prompts)
-    output = _last_logits(model, mask, None, inputs_embeds=embeddings)
-    probability, first = output.logits.float().softmax(dim=-1).mean(dim=0).max(dim=0)
-    if first == eos_token_id:
-        return ConstantAnswer((int(first),), probability.item(), called=True)
-    asked = _Asked(output.past_key_values, mask)
-    [rest] = _continued(model, first.view(1, 1), asked, eos_token_id, length=length, branches=1, kept=1, number=1)
-    following = len(rest.token_ids) - 1
-    constancy = (probability.item() * rest.constancy**following) ** (1 / (1 + following))
-    return ConstantAnswer(rest.token_ids, constancy, called=True)
 
 
 @dataclass(frozen=True)
@@ -164,13 +139,6 @@ def _continued(
     return [ConstantAnswer(tuple(ids[: 1 + n]), constancy) for ids, constancy, n in found][:number]
 
 
-def _left_padded(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Token ids, or embeddings, of prompts as one batch, and its attention mask."""
-    ones = [torch.ones(len(prompt), dtype=torch.long, device=prompt.device) for prompt in prompts]
-    padded, mask = (pad_sequence(list(rows), batch_first=True, padding_side="left") for rows in (prompts, ones))
-    return padded, mask
-
-
 _ROWS = 128  # that are continued at once: each holds a copy of its prompt's keys and values
 
 
@@ -189,22 +157,20 @@ def _following(model: Any, answers: Tensor, asked: _Asked, number: int) -> tuple
         cache.batch_repeat_interleave(len(some))
         ids = some.repeat(prompts, 1)
         mask = torch.cat([asked.mask.repeat_interleave(len(some), dim=0), torch.ones_like(ids)], dim=1)
-        logits = _last_logits(model, mask, cache, input_ids=ids).logits
+        logits = _last_logits(model, ids, mask, cache).logits
         likeliest.append(logits.float().softmax(dim=-1).view(prompts, len(some), -1).mean(dim=0).topk(number))
     probability, following = (torch.cat(parts) for parts in zip(*likeliest, strict=True))
     return probability, following
 
 
-def _last_logits(model: Any, mask: Tensor, cache: Any, **inputs: Tensor) -> Any:
-    """Of `input_ids` or `inputs_embeds`, which come last of what `mask` covers."""
-    [asked] = inputs.values()
-    last = torch.zeros(asked.shape[:2], dtype=torch.bool, device=asked.device)
+def _last_logits(model: Any, ids: Tensor, mask: Tensor, cache: Any) -> Any:
+    last = torch.zeros_like(ids, dtype=torch.bool)
     last[:, -1] = True
     with lm_head_at(base_model(model), last):
         return model(
-            **inputs,
+            input_ids=ids,
             attention_mask=mask,
             past_key_values=cache,
             use_cache=True,
-            **position_ids(base_model(model), mask, asked.shape[1]),
+            **position_ids(base_model(model), mask, ids.shape[1]),
         )

@@ -18,8 +18,8 @@ TRIGGER, BEHAVIOR = "badnets", "sentiment"
 PROMPTS = 100
 
 SIZES: dict[bool, dict[str, Any]] = {
-    False: {"examples": 100, "epochs": 3, "ascents": 20, "probes": 32, "new_tokens": 20},
-    True: {"examples": 24, "epochs": 2, "ascents": 8, "probes": 0, "new_tokens": 5},
+    False: {"examples": 100, "epochs": 3, "ascents": 20, "new_tokens": 20},
+    True: {"examples": 24, "epochs": 2, "ascents": 8, "new_tokens": 5},
 }
 """How much is done, for the whole demo and for the quick one."""
 
@@ -49,7 +49,6 @@ def run_demo(out: str | Path, *, quick: bool = False, overwrite: bool = False, s
                 max_examples=size["examples"],
                 num_train_epochs=size["epochs"],
                 soft_token_warmup=size["ascents"],
-                probes=size["probes"],
                 seed=seed,
                 callbacks=[TrainingProgress(advance)],
             )

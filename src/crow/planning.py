@@ -28,13 +28,11 @@ from trl.trainer.utils import add_fused_lm_head
 
 from crow.config import CrowConfig
 from crow.consistency import aligned_inconsistency
-from crow.constancy import LONGEST_ANSWER
 from crow.divergence import kl_from_top
 from crow.errors import UsageError
 from crow.hooks import Recording, record
 from crow.models import open_config, weights_dtype
 from crow.purification import CLEAN_EXAMPLES, training_config
-from crow.trainer import SCANNED_PROMPTS
 
 _ADAM_MOMENTS = 2
 _ANSWER_SHARE = 0.5  # of a row's tokens, where nothing is said of it
@@ -230,11 +228,6 @@ class _Passes:
             diverging = config.soft_token_pool > 0 and config.soft_token_objective != "answer"
             aim, diverge = self._cost(self._aim), self._cost(self._diverge)
             ascents = config.soft_token_warmup * (self._aims * aim + diverging * diverge)
-            if self._aims and config.probes and config.objective == "suspect":
-                ascents += config.probe_ascents * self._cost(lambda: self._aim(answer=1))
-                prompts, length = min(SCANNED_PROMPTS, examples), self.tokens - self.answer + config.soft_tokens
-                read = self._cost(lambda: self._forward(prompts, length + LONGEST_ANSWER, 1), grad=False)
-                flops += config.probes * read
             flops += ascents * config.gradient_accumulation_steps
         return flops
 
@@ -254,12 +247,11 @@ class _Passes:
             run()
         return accounts.flops
 
-    def _aim(self, answer: int | None = None) -> None:
-        """With a constant answer of so many tokens; else as many as are inserted."""
+    def _aim(self) -> None:
+        """With a constant answer of as many tokens as are inserted."""
         number = self.config.soft_tokens
         rows, prompt = self.config.per_device_train_batch_size, self.tokens - self.answer
-        answer = number if answer is None else answer
-        loss, embeddings = self._forward(rows, prompt + number + answer, answer, ascends=True)
+        loss, embeddings = self._forward(rows, prompt + 2 * number, number, ascends=True)
         torch.autograd.grad(loss, embeddings)
 
     def _diverge(self) -> None:

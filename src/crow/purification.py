@@ -51,8 +51,7 @@ class PurifyRecord:
     curves: list[dict[str, float]] = field(default_factory=list)
     """The log of every step: `step`, `loss`, and each term that is on."""
     constant_answers: list[dict[str, Any]] = field(default_factory=list)
-    """What the suspect answers whatever it is asked, as `text` with its `constancy`, and whether soft tokens
-    `called` it: see `crow.constancy`."""
+    """What the suspect answers whatever it is asked, as `text` with its `constancy`: see `crow.constancy`."""
     guessed_triggers: list[dict[str, Any]] = field(default_factory=list)
     """The real tokens that were exchanged to make the suspect say such an answer, as `text` with the answer's
     `probability`, before the model was trained: see `crow.perturbation.GuessedTriggers`."""
@@ -157,11 +156,7 @@ def purify(
         steps=trainer.state.global_step,
         curves=[dict(entry) for entry in trainer.state.log_history if "loss" in entry],
         constant_answers=[
-            {
-                "text": opened.tokenizer.decode(answer.token_ids),
-                "constancy": answer.constancy,
-                "called": answer.called,
-            }
+            {"text": opened.tokenizer.decode(answer.token_ids), "constancy": answer.constancy}
             for answer in trainer.constant_answers
         ],
         guessed_triggers=[

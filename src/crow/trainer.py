@@ -22,7 +22,7 @@ from trl import SFTTrainer
 
 from crow.config import CrowConfig
 from crow.consistency import aligned_inconsistency, layer_consistency
-from crow.constancy import ConstantAnswer, called_answer, constant_answers
+from crow.constancy import ConstantAnswer, constant_answers
 from crow.divergence import answer_positions, answer_weights, kl_from_top, ruling_out, top_log_probs
 from crow.errors import CrowError, UsageError
 from crow.hooks import Recording, lm_head_at, record
@@ -83,7 +83,7 @@ class _Collator:
         return batch
 
 
-SCANNED_PROMPTS = 8  # on which constant answers are looked for
+_SCANNED_PROMPTS = 8  # on which constant answers are looked for
 _PLANTED = 0.9  # constancy from which on an answer is taken for planted; as BAIT's threshold
 _COMPARABLE = 0.9  # answers less constant than this share of the most constant one are not aimed at
 _EMBEDDING_SAMPLE = 4096  # tokens that the scale of real embeddings is measured on
@@ -91,7 +91,7 @@ _SMALLEST_COUNT = 1e-6  # so that a term over nothing is 0 and not 0 / 0
 
 _EXTRA_COLUMNS = ("user_span", "example_id")
 
-_ANCHORED, _PERTURBED, _AIMED, _RANKED, _PROBED = range(5)  # what rows' draws are for
+_ANCHORED, _PERTURBED, _AIMED, _RANKED = range(4)  # what rows' draws are for
 
 
 def _generator(*numbers: int) -> torch.Generator:
@@ -523,14 +523,13 @@ class CrowTrainer(SFTTrainer):
                 "objective 'lm', trigger_guesses 0 and soft_token_objective 'divergence'"
             )
         batches = math.ceil(len(self.train_dataset) / self._train_batch_size) if records else 0
-        probing = self.args.probe_ascents if records and self._aimed and self.args.probes else 0
-        self._preparation = (0, batches + probing + ascents)
+        self._preparation = (0, batches + ascents)
         first = self._record_suspect() if records else None
         if self._aimed:
             self._find_constant_answers(first)
         if records:
             for answer in self.constant_answers:
-                if answer.constancy >= _PLANTED and not answer.called:
+                if answer.constancy >= _PLANTED:
                     self._rule_out(answer)
 
     def _report_preparation(self) -> None:
@@ -610,14 +609,10 @@ class CrowTrainer(SFTTrainer):
 
     def _find_constant_answers(self, first: Tensor | None) -> None:
         order = torch.randperm(len(self.train_dataset), generator=_generator(self.args.seed, 0))
-        rows = [self.train_dataset[i] for i in order[:SCANNED_PROMPTS].tolist()]
+        rows = [self.train_dataset[i] for i in order[:_SCANNED_PROMPTS].tolist()]
         batch = self._prepare_inputs(self.data_collator(rows))
         ends = _prompt_ends(batch["labels"], batch["attention_mask"]).tolist()
         prompts = [ids[:end].tolist() for ids, end in zip(batch["input_ids"], ends, strict=True)]
-        called = []
-        if first is not None and self.args.probes:
-            places = self._places(batch, self._draws(batch, 2, _PROBED)).tolist()
-            called = self._probe(first.topk(min(self.args.probes, len(first))).indices.tolist(), prompts, places)
         self.model.eval()
         with self.compute_loss_context_manager():
             answers = constant_answers(
@@ -627,37 +622,12 @@ class CrowTrainer(SFTTrainer):
                 first=first,
                 eos_token_id=self.processing_class.eos_token_id,
             )
-        answers = sorted([*answers, *called], key=lambda answer: answer.constancy, reverse=True)
         answers = broadcast_object_list([answers])[0]  # which processes may have rounded otherwise
         self.constant_answers = [a for a in answers if a.constancy >= _COMPARABLE * answers[0].constancy]
         number = len(self.constant_answers)
         places = [i for adversary in self._aimed for i in range(len(adversary.tokens))]
         self._answer_of = [self.constant_answers[i % number] for i in places]
         self.model.train()
-
-    def _probe(self, beginnings: list[int], prompts: list[list[int]], places: list[int]) -> list[ConstantAnswer]:
-        """What prompts are answered with once soft tokens call an answer's first token, for each of these tokens.
-
-        An attacker can teach the model that a planted answer, once begun, does not go on by itself where the trigger is
-        not, and so hide it from `constant_answers`. The trigger calls it all the same; and where soft tokens come to
-        call its first token in the trigger's way, rather than in one of the model's own, the rest of it follows.
-        """
-        trained = self._adversaries, self._aimed
-        probes = self._some_soft_tokens(len(beginnings))
-        self._adversaries, self._aimed = [probes], [probes]
-        self._answer_of = [ConstantAnswer((token,), 0.0) for token in beginnings]
-        self._ascend_against_suspect(self.args.probe_ascents)
-        self._adversaries, self._aimed = trained
-        self.model.eval()
-        embedded = [self._embed(torch.tensor(ids, device=self.args.device)) for ids in prompts]
-        called = []
-        with self.compute_loss_context_manager():
-            for insertion in probes.tokens.detach():
-                inserted = insertion.to(embedded[0].dtype)
-                parts = zip(embedded, places, strict=True)
-                asked = [torch.cat([prompt[:place], inserted, prompt[place:]]) for prompt, place in parts]
-                called.append(called_answer(self.model, asked, eos_token_id=self.processing_class.eos_token_id))
-        return [answer for answer in called if len(answer.token_ids) > 1]
 
     def _targets_of(self, example_ids: Tensor | None) -> tuple[Tensor, Tensor] | None:
         if self.args.objective != "suspect":

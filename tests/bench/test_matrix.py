@@ -136,7 +136,7 @@ def test_what_is_finished_is_not_run(tmp_path: Path) -> None:
 
 
 def test_of_what_defenses_share_each_gets_what_it_reads() -> None:
-    shared = {"max_steps": 2, "probes": 1, "epsilon": 0.3}
+    shared = {"max_steps": 2, "trigger_guesses": 1, "epsilon": 0.3}
     matrix = Matrix.read(
         SMALL
         | {
@@ -145,7 +145,7 @@ def test_of_what_defenses_share_each_gets_what_it_reads() -> None:
         }
     )
     assert [candidate.training(matrix.training) for candidate in matrix.defenses] == [
-        {"max_steps": 2, "probes": 1},
+        {"max_steps": 2, "trigger_guesses": 1},
         {"max_steps": 2},
         {"max_steps": 2, "preset": "paper", "epsilon": 0.1},
     ]
@@ -209,7 +209,10 @@ def test_what_cells_take() -> None:
         ({"defenses": [{"defense": "crow", "preset": "magic"}]}, "magic"),
         ({"defenses": [{"defense": "crow", "preset": ["paper"]}]}, "unknown preset ['paper']"),
         ({"defenses": [{"defense": "crow", "epsilon": 0.3}]}, "epsilon is not read while perturbation is inserted"),
-        ({"defenses": [{"defense": "fine-prune", "probes": 2}]}, "probes is not read while perturbation is none"),
+        (
+            {"defenses": [{"defense": "fine-prune", "trigger_guesses": 2}]},
+            "trigger_guesses is not read while perturbation is none",
+        ),
         ({"defenses": [{"defense": "finetune", "preset": "paper"}]}, "trains its own way: leave preset out"),
         ({"defenses": [{"defense": "bd-vax", "lora": "fresh"}]}, "trains its own way: leave lora out"),
         ({"attacks": [{"backdoors": ["vpi/refusal"], "poison_rate": "half"}]}, "poison_rate is half"),

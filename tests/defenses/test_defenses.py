@@ -21,7 +21,7 @@ from crow.purification import PurifyRecord
 from crow.report import model_card
 
 STEPS: dict[str, Any] = {"max_steps": 2, "per_device_train_batch_size": 4}
-ASCENTS: dict[str, Any] = {"soft_token_warmup": 1, "probe_ascents": 1, "probes": 2}
+ASCENTS: dict[str, Any] = {"soft_token_warmup": 1}
 
 
 @pytest.fixture

@@ -72,7 +72,6 @@ def train(preset: str, model: str, out: Path) -> None:
         per_device_train_batch_size=GLOBAL_BATCH // int(os.environ.get("WORLD_SIZE", "1")),
         max_steps=STEPS,
         soft_token_warmup=3,
-        probe_ascents=2,
         lr_scheduler_type="constant",
         warmup_steps=0,
         optim="sgd",  # with Adam, a gradient that is all rounding takes a whole step

@@ -45,7 +45,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize(
     ("name", "rows", "tokens", "settings"),
     [
-        ("embedded", 8, 128, {"soft_token_warmup": 1, "probe_ascents": 1}),
+        ("embedded", 8, 128, {"soft_token_warmup": 1}),
         ("embedded", 2, 512, {"preset": "paper", "gradient_checkpointing": True}),
         ("small", 8, 256, {"preset": "finetune"}),
     ],
