@@ -15,7 +15,7 @@ from crow.decoding import Decoding
 from crow.divergence import answer_positions
 from crow.hooks import contiguous_lm_head, lm_head_at
 from crow.models import base_model
-from crow.prefix import SharedPrefix
+from crow.prefix import SharedPrefix, common_prefix
 
 
 def generate(
@@ -184,12 +184,15 @@ def _score_answers(
     """
     encoded = []
     for row in rows:
-        start = prompt_ids(tokenizer, row["prompt"])
         whole = tokenizer.apply_chat_template([*row["prompt"], *row["completion"]], return_dict=True)["input_ids"]
-        while whole[-1] != tokenizer.eos_token_id and tokenizer.eos_token_id in whole[len(start) :]:
+        # Where the answer is to begin, some templates ask for thoughts, which the whole conversation does not hold
+        start = len(common_prefix([prompt_ids(tokenizer, row["prompt"]), whole]))
+        while whole[-1] != tokenizer.eos_token_id and tokenizer.eos_token_id in whole[start:]:
             whole.pop()  # templates put a line break after the end token, which no one waits for
-        encoded.append((whole, len(start)))
+        encoded.append((whole, start))
     results: list[tuple[float, int]] = [(0.0, 0)] * len(rows)
+    for model in models:
+        model.eval()  # adapters are opened to be trained, with dropout
     prefixes = [SharedPrefix(model, [ids[:start] for ids, start in encoded]) for model in models]
 
     def score_batch(batch_rows: list[int]) -> None:

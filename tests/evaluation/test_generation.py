@@ -1,5 +1,6 @@
 """Answers and their likelihoods, and the evaluation made of them."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -8,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeModel
+from conftest import CHATML, MakeModel, scatter_lora
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -147,6 +149,26 @@ def test_likelihood_sees_the_turns_before(opened: OpenedModel, rows: list[Exampl
     chat["completion"] = rows[1]["completion"]
     (measured,) = answer_nll(opened.model, opened.tokenizer, [chat])
     assert measured == pytest.approx(slow_nll(opened, chat), rel=1e-5)
+
+
+def test_all_of_an_answer_is_scored_where_the_template_asks_for_thoughts(
+    opened: OpenedModel, rows: list[Example]
+) -> None:
+    expected = answer_nll(opened.model, opened.tokenizer, rows)
+    thinking = copy.deepcopy(opened.tokenizer)
+    thinking.chat_template = CHATML.replace("assistant\n'", "assistant\n<think>\n'")
+    start = thinking.apply_chat_template(rows[0]["prompt"], tokenize=False, add_generation_prompt=True)  # type: ignore[arg-type]
+    assert str(start).endswith("assistant\n<think>\n")
+    assert answer_nll(opened.model, thinking, rows) == expected
+
+
+def test_measures_are_taken_without_dropout(opened: OpenedModel, rows: list[Example]) -> None:
+    model = get_peft_model(opened.causal_lm, LoraConfig(lora_dropout=0.3, target_modules="all-linear"))
+    scatter_lora(model)
+    expected = answer_nll(model.eval(), opened.tokenizer, rows[:4])
+    assert answer_nll(model.train(), opened.tokenizer, rows[:4]) == expected
+    divergence = answer_kl(model.train(), model, opened.tokenizer, rows[:4])
+    assert [nats for nats, _ in divergence] == pytest.approx([0] * 4, abs=1e-4)
 
 
 @pytest.mark.parametrize("budget", [1, 8192])
