@@ -1,5 +1,6 @@
 """Models are opened from everywhere, and nothing unsafe or unfit is."""
 
+import copy
 import json
 import logging
 import math
@@ -529,6 +530,23 @@ def test_an_adapter_makes_the_round_trip(adapted: OpenedModel, tmp_path: Path) -
     again = open_model(tmp_path / "out")
     assert torch.equal(logits(again.model), logits(adapted.model))
     assert again.tokenizer.chat_template == adapted.tokenizer.chat_template
+
+
+def test_a_folder_without_a_card_names_no_path_in_one(adapted: OpenedModel, llama_folder: Path, tmp_path: Path) -> None:
+    adapted.model.save_pretrained(str(tmp_path / "by peft"))
+    assert str(llama_folder) in (tmp_path / "by peft" / "README.md").read_text()
+    save_model(adapted.model, adapted.tokenizer, tmp_path / "out")
+    assert not (tmp_path / "out" / "README.md").exists()
+
+
+def test_others_can_read_all_that_is_written(adapted: OpenedModel, tmp_path: Path) -> None:
+    tokenizer = copy.deepcopy(adapted.tokenizer)
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": PLAIN_TEMPLATE}  # type: ignore[dict-item]
+    save_model(adapted.model, tokenizer, tmp_path / "out")
+    written = {path.name: path for path in (tmp_path / "out").rglob("*")}
+    assert written.keys() >= {"adapter_model.safetensors", "additional_chat_templates", "tool_use.jinja"}
+    for path in written.values():
+        assert path.stat().st_mode & 0o777 == (0o755 if path.is_dir() else 0o644), path
 
 
 def test_what_a_model_was_trained_on_travels_with_it(adapted: OpenedModel, llama_folder: Path, tmp_path: Path) -> None:

@@ -504,7 +504,7 @@ def save_model(
     Args:
         merge: Write the adapter's weights into the base model's, so that the folder needs no base and no PEFT. The
             model that is passed is changed by it.
-        card: Text of the model card, `README.md`.
+        card: Text of the model card, `README.md`, without which there is none.
         seen: As in `OpenedModel`, so that the folder, opened again, is not measured on what it was trained on.
 
     Raises:
@@ -517,11 +517,12 @@ def save_model(
         model.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
         _name_tokenizer_class(folder / "tokenizer_config.json")
+        (folder / CARD).unlink(missing_ok=True)  # PEFT's, which names the base by its path on this machine
         if card is not None:
             (folder / CARD).write_text(card, encoding="utf-8")
         if seen:
             (folder / _SEEN).write_text(json.dumps(sorted(seen), indent=0) + "\n", encoding="utf-8")
-        for file in folder.iterdir():
+        for file in folder.rglob("*.safetensors"):
             file.chmod(0o644)  # safetensors lets no one else read what it wrote
 
 
