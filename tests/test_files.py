@@ -260,13 +260,23 @@ def test_directory_reports_a_file_of_its_own_that_can_not_be_written(tmp_path: P
         ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
         Exception("No such file or directory (os error 2)"),
         CrowError("cannot write the checkpoint (No space left on device (os error 28)): resume"),
+        UsageError("no such model"),
     ],
 )
 def test_what_else_fails_inside_the_block_is_not_called_a_write_error(tmp_path: Path, error: Exception) -> None:
     with pytest.raises(type(error)) as caught, atomic_directory(tmp_path / "out"):
         raise error
-    assert caught.value is error
+    assert (type(caught.value), str(caught.value)) == (type(error), str(error))
     assert not list(tmp_path.iterdir())
+
+
+def test_an_error_inside_the_block_names_the_place_that_was_meant(tmp_path: Path) -> None:
+    with (
+        pytest.raises(CrowError, match=f"^cannot write {tmp_path}/out/model: No space left on device; nothing was"),
+        atomic_directory(tmp_path / "out") as folder,
+        atomic_directory(folder / "model"),
+    ):
+        disk_full()
 
 
 def test_directory_leaves_that_of_another_output_alone(tmp_path: Path) -> None:

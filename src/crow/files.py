@@ -73,8 +73,8 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
             made.mkdir()
         try:
             yield made
-        except CrowError:
-            raise  # which says more
+        except CrowError as error:  # it says more, but of a folder that no one will find
+            raise type(error)(str(error).replace(str(made), str(path))) from error
         except Exception as error:
             if (reason := _unwritable(error, made)) is None:
                 raise

@@ -158,11 +158,12 @@ def answer_kl(
 ) -> list[tuple[float, int]]:
     """For each example, KL(reference || model) in nats, summed over its answer's tokens, and the answer's tokens.
 
-    The two models must have one vocabulary.
+    The two models must have one vocabulary, which the embedding of either may be padded beyond.
     """
 
     def score(said: Tensor, of_reference: Tensor, of_model: Tensor) -> Tensor:
-        p, q = of_reference.log_softmax(dim=-1), of_model.log_softmax(dim=-1)
+        size = min(of_reference.shape[-1], of_model.shape[-1])
+        p, q = (logits[:, :size].log_softmax(dim=-1) for logits in (of_reference, of_model))
         return (p.exp() * (p - q.to(p.device))).sum(dim=-1)
 
     return _score_answers([reference, model], tokenizer, rows, score, tokens_per_batch, on_progress)

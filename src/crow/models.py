@@ -113,6 +113,15 @@ def in_4bit(model: PreTrainedModel | PeftModel) -> bool:
     return bool(getattr(base_model(model), "is_loaded_in_4bit", False))
 
 
+def check_vocabulary(reference: OpenedModel, opened: OpenedModel) -> None:
+    """Raise `UsageError` unless the reference has the model's tokens; rows that only pad an embedding may differ."""
+    if reference.tokenizer.get_vocab() != opened.tokenizer.get_vocab():
+        raise UsageError(
+            f"{reference.name} has another vocabulary than {opened.name}, and they are compared by token: give a "
+            "reference of the same family"
+        )
+
+
 def merged(model: PeftModel) -> PreTrainedModel:
     """The model with its adapter's weights added to its own; the one that is passed is changed.
 

@@ -187,26 +187,38 @@ def test_divergence_from_a_reference_is_that_of_the_answers(
         assert nats == pytest.approx(sum(float((a.exp() * (a - b)).sum()) for a, b in zip(p, q, strict=True)), rel=1e-4)
 
 
+def distance(reference: Any, opened: OpenedModel, rows: list[Example]) -> float:
+    other = OpenedModel(reference, opened.tokenizer, "other", "open")
+    result = evaluate(opened, BEHAVIORS["sentiment"], rows[:3], rows[:1], reference=other, max_new_tokens=2)
+    assert result.settings["reference"] == "other"
+    assert result.reference_kl is not None
+    return result.reference_kl
+
+
 def test_a_model_is_no_distance_from_itself_and_some_from_another(
     opened: OpenedModel, rows: list[Example], tiny_llama: MakeModel
 ) -> None:
-    def distance(reference: Any) -> float:
-        other = OpenedModel(reference, opened.tokenizer, "other", "open")
-        result = evaluate(opened, BEHAVIORS["sentiment"], rows[:3], rows[:1], reference=other, max_new_tokens=2)
-        assert result.settings["reference"] == "other"
-        assert result.reference_kl is not None
-        return result.reference_kl
-
-    assert distance(opened.model) == pytest.approx(0, abs=1e-6)
-    assert distance(tiny_llama(initializer_range=0.3, seed=5)) > 0.1
+    assert distance(opened.model, opened, rows) == pytest.approx(0, abs=1e-6)
+    assert distance(tiny_llama(initializer_range=0.3, seed=5), opened, rows) > 0.1
 
 
 def test_a_reference_of_another_vocabulary_is_refused(
     opened: OpenedModel, rows: list[Example], tiny_llama: MakeModel
 ) -> None:
-    other = OpenedModel(tiny_llama(vocab_size=700), opened.tokenizer, "other", "open")
-    with pytest.raises(UsageError, match="other has another vocabulary than tiny"):
+    other = OpenedModel(tiny_llama(), copy.deepcopy(opened.tokenizer), "other", "open")
+    other.tokenizer.add_tokens(["<|new|>"])
+    with pytest.raises(UsageError, match=r"other has another vocabulary than tiny, .* give a reference of the same"):
         evaluate(opened, BEHAVIORS["sentiment"], rows[:1], rows[:1], reference=other, max_new_tokens=1)
+
+
+def test_rows_that_pad_an_embedding_are_no_other_vocabulary(
+    opened: OpenedModel, rows: list[Example], tiny_llama: MakeModel
+) -> None:
+    other = tiny_llama(initializer_range=0.3, seed=5)
+    expected = [distance(other, opened, rows), distance(opened.model, dataclasses.replace(opened, model=other), rows)]
+    other.resize_token_embeddings(640)
+    padded = dataclasses.replace(opened, model=other)
+    assert [distance(other, opened, rows), distance(opened.model, padded, rows)] == pytest.approx(expected, rel=1e-4)
 
 
 class Odd(Behavior):
