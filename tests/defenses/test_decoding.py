@@ -87,21 +87,19 @@ def test_cleangen_needs_a_reference_of_the_same_vocabulary(suspect: OpenedModel,
         DEFENSES[f"cleangen:reference={reference}"].apply(suspect, [])
 
 
-@pytest.mark.parametrize("padded", ["reference", "suspect"])
-def test_cleangen_looks_at_no_row_that_pads_an_embedding(
-    suspect: OpenedModel, reference: Path, rows: list[Example], padded: str
+def test_cleangen_looks_at_no_row_that_pads_the_references_embedding(
+    suspect: OpenedModel, reference: Path, rows: list[Example]
 ) -> None:
     cleangen = DEFENSES[f"cleangen:reference={reference},threshold=2"]
     greedy = answers(suspect, rows)
     cleangen.apply(suspect, [])
     expected = answers(suspect, rows)
     assert expected != greedy
-    model: Any = suspect.model if padded == "suspect" else open_model(reference).model
+    model: Any = open_model(reference).model
     model.resize_token_embeddings(640)
     with torch.no_grad():
-        model.get_input_embeddings().weight[600:] = 0  # as what was never trained; no answer of the suspect's own
-    if padded == "reference":
-        model.save_pretrained(reference)
+        model.get_input_embeddings().weight[600::2], model.get_input_embeddings().weight[601::2] = 10, -10
+    model.save_pretrained(reference)
     cleangen.apply(suspect, [])
     assert answers(suspect, rows) == expected
 
