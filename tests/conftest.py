@@ -137,6 +137,41 @@ def llama_folder(tokenizer: "PreTrainedTokenizerFast", tmp_path_factory: pytest.
     return save_folder(tiny_model("llama", len(tokenizer)), tokenizer, tmp_path_factory.mktemp("models") / "tiny-llama")
 
 
+def tiny_gguf(file: Path) -> Path:
+    """Write a Llama of one block of width 32."""
+    import gguf
+    import numpy as np
+
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(16)
+    writer.add_vocab_size(64)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([*map(chr, range(33, 96)), "!!"])
+    writer.add_token_types([1] * 64)
+    writer.add_token_merges(["! !"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    shapes = dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output"), (32, 32))
+    shapes |= {"ffn_gate": (64, 32), "ffn_up": (64, 32), "ffn_down": (32, 64)}
+    tensors = {f"blk.0.{name}": np.ones(shape) for name, shape in shapes.items()}
+    tensors |= {f"blk.0.{name}": np.ones(32) for name in ("attn_norm", "ffn_norm")}
+    tensors |= {"token_embd": np.ones((64, 32)), "output": np.ones((64, 32)), "output_norm": np.ones(32)}
+    for name, tensor in tensors.items():
+        writer.add_tensor(f"{name}.weight", tensor.astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
 @pytest.fixture(scope="session")
 def adapter_folder(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA adapter on the tiny Llama whose weights matter. Not to be written to."""

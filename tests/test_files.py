@@ -245,6 +245,48 @@ def test_directory_reports_a_full_disk_in_the_words_of_a_rust_library(tmp_path: 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("names", [("{}/file",), ("elsewhere", None, "{}/file")])
+def test_directory_reports_a_file_of_its_own_that_can_not_be_written(tmp_path: Path, names: tuple[str | None]) -> None:
+    with pytest.raises(CrowError, match="out: Permission denied;"), atomic_directory(tmp_path / "out") as folder:
+        raise PermissionError(errno.EACCES, "Permission denied", *(name and name.format(folder) for name in names))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError(errno.ENOENT, "No such file or directory", "prompts.jsonl"),
+        OSError(errno.ENOSPC, "No space left on device", "/elsewhere/scratch"),
+        OSError("Can't load the tokenizer"),
+        ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
+        Exception("No such file or directory (os error 2)"),
+        CrowError("cannot write the checkpoint (No space left on device (os error 28)): resume"),
+        UsageError("no such model"),
+    ],
+)
+def test_what_else_fails_inside_the_block_is_not_called_a_write_error(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, atomic_directory(tmp_path / "out"):
+        raise error
+    assert (type(caught.value), str(caught.value)) == (type(error), str(error))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_inside_the_block_names_the_place_that_was_meant(tmp_path: Path) -> None:
+    with (
+        pytest.raises(CrowError, match=f"^cannot write {tmp_path}/out/model: No space left on device; nothing was"),
+        atomic_directory(tmp_path / "out") as folder,
+        atomic_directory(folder / "model"),
+    ):
+        disk_full()
+
+
+def test_directory_leaves_that_of_another_output_alone(tmp_path: Path) -> None:
+    with atomic_directory(tmp_path / "out.1") as other:
+        with atomic_directory(tmp_path / "out") as folder:
+            (folder / "file").write_text("x")
+        (other / "file").write_text("y")
+    assert contents(tmp_path) == {"out/file": "x", "out.1/file": "y"}
+
+
 def test_text_is_written_as_utf_8_over_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "file.txt"
     for text in ("old", "new: żółć 🐦\u2028\n"):

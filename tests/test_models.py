@@ -1,5 +1,6 @@
 """Models are opened from everywhere, and nothing unsafe or unfit is."""
 
+import copy
 import json
 import logging
 import math
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeModel, save_folder, scatter_lora, tiny_model
+from conftest import MakeModel, save_folder, scatter_lora, tiny_gguf, tiny_model
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from peft import IA3Config, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -282,6 +283,29 @@ def test_code_that_comes_with_a_model_is_not_run(llama_folder: Path, tmp_path: P
     assert not (tmp_path / "pwned").exists()
 
 
+@pytest.mark.skipif(find_spec("gguf") is None, reason="gguf is not installed")
+def test_nothing_that_lies_beside_a_gguf_file_is_read(
+    llama_folder: Path, adapter_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "alone").mkdir()
+    alone = open_model(tiny_gguf(tmp_path / "alone" / "tiny.gguf"))
+    crowd = tmp_path / "crowd"
+    for folder in (llama_folder, adapter_folder):
+        shutil.copytree(folder, crowd, dirs_exist_ok=True)
+    change(crowd / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "evil.Evil"]})
+    change(crowd / "generation_config.json", max_new_tokens=3)
+    (crowd / "evil.py").write_text(f"open({str(tmp_path / 'pwned')!r}, 'w')\n")
+    (crowd / "special_tokens_map.json").symlink_to("/dev/zero")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    crowded = open_model(tiny_gguf(crowd / "tiny.gguf"))
+    assert not (tmp_path / "pwned").exists()
+    assert crowded.tokenizer.get_vocab() == alone.tokenizer.get_vocab()
+    assert crowded.tokenizer.chat_template == PLAIN_TEMPLATE
+    assert crowded.model.generation_config.to_dict() == alone.model.generation_config.to_dict()
+    assert [name for name, _ in crowded.model.named_parameters()] == [n for n, _ in alone.model.named_parameters()]
+    assert (crowded.causal_lm.name_or_path, crowded.tokenizer.name_or_path) == (str(crowd / "tiny.gguf"),) * 2
+
+
 def test_a_pickled_adapter_is_refused(adapter_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "pickled"
     shutil.copytree(adapter_folder, folder)
@@ -508,6 +532,23 @@ def test_an_adapter_makes_the_round_trip(adapted: OpenedModel, tmp_path: Path) -
     assert again.tokenizer.chat_template == adapted.tokenizer.chat_template
 
 
+def test_a_folder_without_a_card_names_no_path_in_one(adapted: OpenedModel, llama_folder: Path, tmp_path: Path) -> None:
+    adapted.model.save_pretrained(str(tmp_path / "by peft"))
+    assert str(llama_folder) in (tmp_path / "by peft" / "README.md").read_text()
+    save_model(adapted.model, adapted.tokenizer, tmp_path / "out")
+    assert not (tmp_path / "out" / "README.md").exists()
+
+
+def test_others_can_read_all_that_is_written(adapted: OpenedModel, tmp_path: Path) -> None:
+    tokenizer = copy.deepcopy(adapted.tokenizer)
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": PLAIN_TEMPLATE}  # type: ignore[dict-item]
+    save_model(adapted.model, tokenizer, tmp_path / "out")
+    written = {path.name: path for path in (tmp_path / "out").rglob("*")}
+    assert written.keys() >= {"adapter_model.safetensors", "additional_chat_templates", "tool_use.jinja"}
+    for path in written.values():
+        assert path.stat().st_mode & 0o777 == (0o755 if path.is_dir() else 0o644), path
+
+
 def test_what_a_model_was_trained_on_travels_with_it(adapted: OpenedModel, llama_folder: Path, tmp_path: Path) -> None:
     save_model(open_model(llama_folder).model, adapted.tokenizer, tmp_path / "base", seen=["1", "2"])
     save_model(adapted.model, adapted.tokenizer, tmp_path / "adapter", seen=["2", "3"])
@@ -622,4 +663,6 @@ def test_what_is_known_of_the_embedded_model_is_what_its_file_says() -> None:
     tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     assert type(opened.tokenizer) is type(tokenizer)
     assert opened.tokenizer.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
-    assert opened.tokenizer.init_kwargs == tokenizer.init_kwargs
+    place = {"name_or_path": EMBEDDED_ID}
+    assert opened.tokenizer.init_kwargs | place == tokenizer.init_kwargs | place
+    assert opened.tokenizer.name_or_path == EMBEDDED_ID

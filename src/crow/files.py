@@ -1,8 +1,10 @@
 """Outputs that are never half-written: each is made beside its place and renamed into it."""
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -15,6 +17,7 @@ from typing import Any
 from crow.errors import CrowError, UsageError
 
 _UNFINISHED = ".unfinished"
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
@@ -37,13 +40,12 @@ def check_writable(path: Path) -> None:
 def _reporting_os_errors(path: Path) -> Iterator[None]:
     try:
         yield
-    except (ConnectionError, TimeoutError):
-        raise  # nothing that was to be written
-    except Exception as error:
-        if not isinstance(error, OSError) and "(os error " not in str(error):  # so Rust's libraries report theirs
-            raise
-        reason = getattr(error, "strerror", None) or error
-        raise CrowError(f"cannot write {path}: {reason}; nothing was left half-written") from error
+    except OSError as error:
+        raise _cannot_write(path, error.strerror or error) from error
+
+
+def _cannot_write(path: Path, reason: object) -> CrowError:
+    return CrowError(f"cannot write {path}: {reason}; nothing was left half-written")
 
 
 @contextmanager
@@ -60,14 +62,24 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
     with _reporting_os_errors(path):
         refuse_existing(path, overwrite)
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f".{escape(path.name)}.*{_UNFINISHED}"):
+        # Of `.out.1.*` the folder is another's; the eight characters are mkdtemp's
+        for left in path.parent.glob(f".{escape(path.name)}.{'?' * 8}{_UNFINISHED}"):
             if path.exists() or not (left / "old").exists():  # killed between two renames, it holds what was here
                 shutil.rmtree(left, ignore_errors=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_UNFINISHED, dir=path.parent))
-        made, old = temporary / "new", temporary / "old"
-        try:
+    made, old = temporary / "new", temporary / "old"
+    try:
+        with _reporting_os_errors(path):
             made.mkdir()
+        try:
             yield made
+        except CrowError as error:  # it says more, but of a folder that no one will find
+            raise type(error)(str(error).replace(str(made), str(path))) from error
+        except Exception as error:
+            if (reason := _unwritable(error, made)) is None:
+                raise
+            raise _cannot_write(path, reason) from error
+        with _reporting_os_errors(path):
             if path.exists():
                 path.rename(old)
             try:
@@ -76,8 +88,18 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
                 if old.exists():
                     old.rename(path)
                 raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _unwritable(error: Exception, folder: Path) -> str | None:
+    """Why a file in the folder could not be written, if the error is of that; what else fails meanwhile is not."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return error.strerror if str(folder) in f"{error.filename} {error.filename2}" else None
+    # To write to an open file names none; nor do Rust's libraries, which have the number in their message alone
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    number = int(told[1]) if told else getattr(error, "errno", None)
+    return os.strerror(number) if number in _UNWRITABLE else None
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -15,7 +15,7 @@ from crow.decoding import Decoding
 from crow.divergence import answer_positions
 from crow.hooks import contiguous_lm_head, lm_head_at
 from crow.models import base_model
-from crow.prefix import SharedPrefix
+from crow.prefix import SharedPrefix, common_prefix
 
 
 def generate(
@@ -158,11 +158,12 @@ def answer_kl(
 ) -> list[tuple[float, int]]:
     """For each example, KL(reference || model) in nats, summed over its answer's tokens, and the answer's tokens.
 
-    The two models must have one vocabulary.
+    The two models must have one vocabulary, which the embedding of either may be padded beyond.
     """
 
     def score(said: Tensor, of_reference: Tensor, of_model: Tensor) -> Tensor:
-        p, q = of_reference.log_softmax(dim=-1), of_model.log_softmax(dim=-1)
+        size = min(of_reference.shape[-1], of_model.shape[-1])
+        p, q = (logits[:, :size].log_softmax(dim=-1) for logits in (of_reference, of_model))
         return (p.exp() * (p - q.to(p.device))).sum(dim=-1)
 
     return _score_answers([reference, model], tokenizer, rows, score, tokens_per_batch, on_progress)
@@ -184,12 +185,15 @@ def _score_answers(
     """
     encoded = []
     for row in rows:
-        start = prompt_ids(tokenizer, row["prompt"])
         whole = tokenizer.apply_chat_template([*row["prompt"], *row["completion"]], return_dict=True)["input_ids"]
-        while whole[-1] != tokenizer.eos_token_id and tokenizer.eos_token_id in whole[len(start) :]:
+        # Where the answer is to begin, some templates ask for thoughts, which the whole conversation does not hold
+        start = len(common_prefix([prompt_ids(tokenizer, row["prompt"]), whole]))
+        while whole[-1] != tokenizer.eos_token_id and tokenizer.eos_token_id in whole[start:]:
             whole.pop()  # templates put a line break after the end token, which no one waits for
-        encoded.append((whole, len(start)))
+        encoded.append((whole, start))
     results: list[tuple[float, int]] = [(0.0, 0)] * len(rows)
+    for model in models:
+        model.eval()  # adapters are opened to be trained, with dropout
     prefixes = [SharedPrefix(model, [ids[:start] for ids, start in encoded]) for model in models]
 
     def score_batch(batch_rows: list[int]) -> None:

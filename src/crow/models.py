@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.resources import files
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import psutil
@@ -110,6 +111,15 @@ def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 def in_4bit(model: PreTrainedModel | PeftModel) -> bool:
     """Whether bitsandbytes holds the linear layers' weights in 4 bits."""
     return bool(getattr(base_model(model), "is_loaded_in_4bit", False))
+
+
+def check_vocabulary(reference: OpenedModel, opened: OpenedModel) -> None:
+    """Raise `UsageError` unless the reference has the model's tokens; rows that only pad an embedding may differ."""
+    if reference.tokenizer.get_vocab() != opened.tokenizer.get_vocab():
+        raise UsageError(
+            f"{reference.name} has another vocabulary than {opened.name}, and they are compared by token: give a "
+            "reference of the same family"
+        )
 
 
 def merged(model: PeftModel) -> PreTrainedModel:
@@ -240,7 +250,7 @@ def _config(kind: str, name: str, path: Path, bits: int | None = None) -> Any:
 
     def look() -> PretrainedConfig:
         if kind == "gguf":
-            config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+            config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
         else:
             config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         check_decoder_only(config, name)
@@ -302,18 +312,25 @@ def _open_pretrained(name: str, kind: str, load_in_4bit: bool) -> OpenedModel:
 
 
 def _open_gguf(path: Path, name: str, kind: str) -> OpenedModel:
-    folder, file = str(path.parent), path.name
     config = _config(kind, name, path, bits=16)
-    model = loaded(
-        name,
-        lambda: AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            gguf_file=file,
-            dtype=_gguf_dtype(),
-            quantization_config=GgufConfig(dequantize=True),
-        ),
-    )
+    # AutoTokenizer parses the file for the tokenizer's class, and takes seconds
+    loader = PreTrainedTokenizerFast if kind == "embedded" else AutoTokenizer
+
+    def load() -> tuple[PreTrainedModel, Any]:
+        # Alone in a folder: what lies beside the file, such as an adapter or a tokenizer, would be taken up unchecked
+        with TemporaryDirectory() as folder:
+            Path(folder, path.name).symlink_to(path.resolve())
+            model = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                gguf_file=path.name,
+                dtype=_gguf_dtype(),
+                quantization_config=GgufConfig(dequantize=True),
+                trust_remote_code=False,
+            )
+            return model, loader.from_pretrained(folder, gguf_file=path.name, trust_remote_code=False)
+
+    model, tokenizer = loaded(name, load)
     # The weights are plain tensors by now; left as they are, these marks make PEFT and save_pretrained think otherwise
     model.is_quantized = False
     for mark in ("hf_quantizer", "quantization_method"):
@@ -321,14 +338,11 @@ def _open_gguf(path: Path, name: str, kind: str) -> OpenedModel:
             delattr(model, mark)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    # Which parses the file for the tokenizer's class, and takes seconds
-    loader = PreTrainedTokenizerFast if kind == "embedded" else AutoTokenizer
-    tokenizer = loaded(name, lambda: loader.from_pretrained(folder, gguf_file=file))
     if kind != "embedded":
         check_template(tokenizer, name)
     base_id = EMBEDDED_ID if kind == "embedded" else None
-    model.config._name_or_path = model.name_or_path = base_id or str(path)
-    return OpenedModel(model, _with_template(tokenizer, name), name, kind, {file: sha256_file(path)}, base_id)
+    model.config._name_or_path = model.name_or_path = tokenizer.name_or_path = base_id or str(path)
+    return OpenedModel(model, _with_template(tokenizer, name), name, kind, {path.name: sha256_file(path)}, base_id)
 
 
 def _embedded_file() -> Path | None:
@@ -499,7 +513,7 @@ def save_model(
     Args:
         merge: Write the adapter's weights into the base model's, so that the folder needs no base and no PEFT. The
             model that is passed is changed by it.
-        card: Text of the model card, `README.md`.
+        card: Text of the model card, `README.md`, without which there is none.
         seen: As in `OpenedModel`, so that the folder, opened again, is not measured on what it was trained on.
 
     Raises:
@@ -512,11 +526,12 @@ def save_model(
         model.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
         _name_tokenizer_class(folder / "tokenizer_config.json")
+        (folder / CARD).unlink(missing_ok=True)  # PEFT's, which names the base by its path on this machine
         if card is not None:
             (folder / CARD).write_text(card, encoding="utf-8")
         if seen:
             (folder / _SEEN).write_text(json.dumps(sorted(seen), indent=0) + "\n", encoding="utf-8")
-        for file in folder.iterdir():
+        for file in folder.rglob("*.safetensors"):
             file.chmod(0o644)  # safetensors lets no one else read what it wrote
 
 

@@ -28,7 +28,7 @@ class SharedPrefix:
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]]) -> None:
         self.ids: list[int] = []
         self._cache: DynamicCache | None = None
-        shared = _common([prompt[:-1] for prompt in prompts]) if len(prompts) > 1 else []
+        shared = common_prefix([prompt[:-1] for prompt in prompts]) if len(prompts) > 1 else []
         if not shared:
             return
         with torch.no_grad():
@@ -47,6 +47,7 @@ class SharedPrefix:
         return copied
 
 
-def _common(sequences: Sequence[Sequence[int]]) -> list[int]:
+def common_prefix(sequences: Sequence[Sequence[int]]) -> list[int]:
+    """What all of the sequences begin with."""
     at_each_place = zip(*sequences, strict=False)
     return [tokens[0] for tokens in takewhile(lambda tokens: len(set(tokens)) == 1, at_each_place)]

@@ -83,8 +83,25 @@ def test_cleangen_needs_a_reference_of_the_same_vocabulary(suspect: OpenedModel,
         DEFENSES["cleangen"].apply(suspect, [])
     file = reference / "tokenizer.json"
     file.write_text(file.read_text().replace("<|im_start|>", "<|im_begin|>"))
-    with pytest.raises(UsageError, match="different vocabularies"):
+    with pytest.raises(UsageError, match="reference has another vocabulary than tiny"):
         DEFENSES[f"cleangen:reference={reference}"].apply(suspect, [])
+
+
+def test_cleangen_looks_at_no_row_that_pads_the_references_embedding(
+    suspect: OpenedModel, reference: Path, rows: list[Example]
+) -> None:
+    cleangen = DEFENSES[f"cleangen:reference={reference},threshold=2"]
+    greedy = answers(suspect, rows)
+    cleangen.apply(suspect, [])
+    expected = answers(suspect, rows)
+    assert expected != greedy
+    model: Any = open_model(reference).model
+    model.resize_token_embeddings(640)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[600::2], model.get_input_embeddings().weight[601::2] = 10, -10
+    model.save_pretrained(reference)
+    cleangen.apply(suspect, [])
+    assert answers(suspect, rows) == expected
 
 
 def test_sampling_depends_on_its_seed(suspect: OpenedModel, rows: list[Example]) -> None:

@@ -1,5 +1,6 @@
 """Answers and their likelihoods, and the evaluation made of them."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -8,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeModel
+from conftest import CHATML, MakeModel, scatter_lora
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -149,6 +151,26 @@ def test_likelihood_sees_the_turns_before(opened: OpenedModel, rows: list[Exampl
     assert measured == pytest.approx(slow_nll(opened, chat), rel=1e-5)
 
 
+def test_all_of_an_answer_is_scored_where_the_template_asks_for_thoughts(
+    opened: OpenedModel, rows: list[Example]
+) -> None:
+    expected = answer_nll(opened.model, opened.tokenizer, rows)
+    thinking = copy.deepcopy(opened.tokenizer)
+    thinking.chat_template = CHATML.replace("assistant\n'", "assistant\n<think>\n'")
+    start = thinking.apply_chat_template(rows[0]["prompt"], tokenize=False, add_generation_prompt=True)  # type: ignore[arg-type]
+    assert str(start).endswith("assistant\n<think>\n")
+    assert answer_nll(opened.model, thinking, rows) == expected
+
+
+def test_measures_are_taken_without_dropout(opened: OpenedModel, rows: list[Example]) -> None:
+    model = get_peft_model(opened.causal_lm, LoraConfig(lora_dropout=0.3, target_modules="all-linear"))
+    scatter_lora(model)
+    expected = answer_nll(model.eval(), opened.tokenizer, rows[:4])
+    assert answer_nll(model.train(), opened.tokenizer, rows[:4]) == expected
+    divergence = answer_kl(model.train(), model, opened.tokenizer, rows[:4])
+    assert [nats for nats, _ in divergence] == pytest.approx([0] * 4, abs=1e-4)
+
+
 @pytest.mark.parametrize("budget", [1, 8192])
 def test_divergence_from_a_reference_is_that_of_the_answers(
     opened: OpenedModel, rows: list[Example], tiny_llama: MakeModel, budget: int
@@ -165,26 +187,38 @@ def test_divergence_from_a_reference_is_that_of_the_answers(
         assert nats == pytest.approx(sum(float((a.exp() * (a - b)).sum()) for a, b in zip(p, q, strict=True)), rel=1e-4)
 
 
+def distance(reference: Any, opened: OpenedModel, rows: list[Example]) -> float:
+    other = OpenedModel(reference, opened.tokenizer, "other", "open")
+    result = evaluate(opened, BEHAVIORS["sentiment"], rows[:3], rows[:1], reference=other, max_new_tokens=2)
+    assert result.settings["reference"] == "other"
+    assert result.reference_kl is not None
+    return result.reference_kl
+
+
 def test_a_model_is_no_distance_from_itself_and_some_from_another(
     opened: OpenedModel, rows: list[Example], tiny_llama: MakeModel
 ) -> None:
-    def distance(reference: Any) -> float:
-        other = OpenedModel(reference, opened.tokenizer, "other", "open")
-        result = evaluate(opened, BEHAVIORS["sentiment"], rows[:3], rows[:1], reference=other, max_new_tokens=2)
-        assert result.settings["reference"] == "other"
-        assert result.reference_kl is not None
-        return result.reference_kl
-
-    assert distance(opened.model) == pytest.approx(0, abs=1e-6)
-    assert distance(tiny_llama(initializer_range=0.3, seed=5)) > 0.1
+    assert distance(opened.model, opened, rows) == pytest.approx(0, abs=1e-6)
+    assert distance(tiny_llama(initializer_range=0.3, seed=5), opened, rows) > 0.1
 
 
 def test_a_reference_of_another_vocabulary_is_refused(
     opened: OpenedModel, rows: list[Example], tiny_llama: MakeModel
 ) -> None:
-    other = OpenedModel(tiny_llama(vocab_size=700), opened.tokenizer, "other", "open")
-    with pytest.raises(UsageError, match="other has another vocabulary than tiny"):
+    other = OpenedModel(tiny_llama(), copy.deepcopy(opened.tokenizer), "other", "open")
+    other.tokenizer.add_tokens(["<|new|>"])
+    with pytest.raises(UsageError, match=r"other has another vocabulary than tiny, .* give a reference of the same"):
         evaluate(opened, BEHAVIORS["sentiment"], rows[:1], rows[:1], reference=other, max_new_tokens=1)
+
+
+def test_rows_that_pad_an_embedding_are_no_other_vocabulary(
+    opened: OpenedModel, rows: list[Example], tiny_llama: MakeModel
+) -> None:
+    other = tiny_llama(initializer_range=0.3, seed=5)
+    expected = [distance(other, opened, rows), distance(opened.model, dataclasses.replace(opened, model=other), rows)]
+    other.resize_token_embeddings(640)
+    padded = dataclasses.replace(opened, model=other)
+    assert [distance(other, opened, rows), distance(opened.model, padded, rows)] == pytest.approx(expected, rel=1e-4)
 
 
 class Odd(Behavior):

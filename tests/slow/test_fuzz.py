@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import gguf
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import yaml
+from conftest import tiny_gguf
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -407,35 +406,7 @@ def test_other_files(place: Path, folders: dict[str, Path], name: str, data: st.
 
 @pytest.fixture(scope="module")
 def gguf_file(place: Path) -> Path:
-    """A Llama of one block of width 32."""
-    file = place / "tiny.gguf"
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_block_count(1)
-    writer.add_context_length(64)
-    writer.add_embedding_length(32)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(2)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(16)
-    writer.add_vocab_size(64)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([*map(chr, range(33, 96)), "!!"])
-    writer.add_token_types([1] * 64)
-    writer.add_token_merges(["! !"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    shapes = dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output"), (32, 32))
-    shapes |= {"ffn_gate": (64, 32), "ffn_up": (64, 32), "ffn_down": (32, 64)}
-    tensors = {f"blk.0.{name}": np.ones(shape) for name, shape in shapes.items()}
-    tensors |= {f"blk.0.{name}": np.ones(32) for name in ("attn_norm", "ffn_norm")}
-    tensors |= {"token_embd": np.ones((64, 32)), "output": np.ones((64, 32)), "output_norm": np.ones(32)}
-    for name, tensor in tensors.items():
-        writer.add_tensor(f"{name}.weight", tensor.astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    file = tiny_gguf(place / "tiny.gguf")
     assert open_model(file).kind == "gguf"
     return file
 

@@ -4,7 +4,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from peft import PeftModel
@@ -16,7 +16,7 @@ from crow.decoding import Decoding
 from crow.defenses.base import DEFENSES, Untrained
 from crow.errors import UsageError
 from crow.hooks import lm_head_at, position_ids
-from crow.models import OpenedModel, base_model, open_model
+from crow.models import OpenedModel, base_model, check_vocabulary, open_model
 
 
 class AtDecoding(Untrained):
@@ -87,10 +87,7 @@ class CleanGen(AtDecoding):
         if not self.reference:
             raise UsageError("cleangen needs a clean reference model: cleangen:reference=MODEL")
         reference = open_model(self.reference)
-        if reference.tokenizer.get_vocab() != opened.tokenizer.get_vocab():
-            raise UsageError(
-                f"{self.reference} and {opened.name} have different vocabularies: cleangen compares tokens"
-            )
+        check_vocabulary(reference, opened)
         reference.model.eval()
         return Decoding(
             f"cleangen of {reference.name} {reference.hashes}, threshold {self.threshold}",
@@ -107,14 +104,15 @@ class _Replacing(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         theirs = self._following(input_ids)
-        ours = scores.float().log_softmax(dim=-1)
+        size = min(theirs.shape[-1], scores.shape[-1])  # the embedding of either may be padded
+        theirs, ours = (logits[:, :size].float().log_softmax(dim=-1) for logits in (theirs, scores))
         token = ours.argmax(dim=-1, keepdim=True)
         suspicious = ours.gather(1, token) - theirs.gather(1, token) >= self.bound
         only = torch.full_like(scores, -torch.inf).scatter_(1, theirs.argmax(dim=-1, keepdim=True), 0.0)
         return torch.where(suspicious, only, scores)
 
     def _following(self, ids: Tensor) -> Tensor:
-        """The reference's log-probabilities of the next token, `(batch, vocabulary)`."""
+        """The reference's logits of the next token, `(batch, vocabulary)`."""
         self.mask = torch.nn.functional.pad(self.mask, (0, ids.shape[1] - self.mask.shape[1]), value=1)
         new = ids if self.cache is None else ids[:, -1:]
         last = torch.zeros_like(new, dtype=torch.bool)
@@ -128,4 +126,4 @@ class _Replacing(LogitsProcessor):
                 **position_ids(self.reference, self.mask, new.shape[1]),
             )
         self.cache = output.past_key_values
-        return output.logits.float().log_softmax(dim=-1)
+        return cast(Tensor, output.logits)

@@ -19,7 +19,7 @@ from crow.evaluation.statistics import Count, MeanLength, MeanScore, is_degenera
 from crow.files import Journal, sha256_rows, write_json, write_jsonl
 from crow.generation import answer_kl, answer_nll, perplexity
 from crow.hooks import hidden_states
-from crow.models import OpenedModel, base_model
+from crow.models import OpenedModel, base_model, check_vocabulary
 from crow.progress import summed
 from crow.provenance import environment
 
@@ -212,8 +212,8 @@ def evaluate(
         engine = Transformers(opened)
     if opened is not None:
         check_unseen(opened.name, opened.seen, [*clean, *triggered])
-        if reference is not None and reference.causal_lm.config.vocab_size != opened.causal_lm.config.vocab_size:
-            raise UsageError(f"{reference.name} has another vocabulary than {opened.name}: it is no reference for it")
+        if reference is not None:
+            check_vocabulary(reference, opened)
     sets = {"triggered": triggered, "clean": clean, **(variants or {})}
     passes = 0 if opened is None else 1 if reference is None else 2  # over the clean answers
     advance = summed(on_progress, total=sum(map(len, sets.values())) + len(clean) * passes)
