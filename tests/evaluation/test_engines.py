@@ -19,6 +19,7 @@ from crow.errors import CrowError, UsageError
 from crow.evaluation.endpoint import Endpoint
 from crow.evaluation.engines import VLLM, Served, Transformers, answers
 from crow.evaluation.evaluate import Evaluation, evaluate
+from crow.evaluation.judge import Judge
 from crow.files import Journal
 from crow.generation import generate
 from crow.models import OpenedModel, open_model
@@ -126,6 +127,20 @@ def test_the_suspects_host_is_not_sent_the_judges_key(
         answers(Served(Endpoint(server.url, "m")), [rows[0]["prompt"]], 5, Journal(None), lambda number: None)
         assert server.keys[-1] == f"Bearer {key}"
         monkeypatch.setenv("CROW_ENDPOINT_KEY", "other")
+
+
+@needs_client
+def test_what_the_client_reads_from_the_environment_goes_to_the_judge_alone(
+    server: Server, rows: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
+        monkeypatch.setenv(name, "secret")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "Authorization: Bearer secret custom\nX-Team: secret")
+    Judge(server.url, "m").verdicts(BEHAVIORS["sentiment"], [("a", "b")])
+    answers(Served(Endpoint(server.url, "m")), [rows[0]["prompt"]], 5, Journal(None), lambda number: None)
+    told = [{name.lower() for name, value in headers.items() if "secret" in value} for headers in server.headers]
+    assert told == [{"authorization", "openai-organization", "openai-project", "x-team"}, set()]
+    assert server.keys == ["Bearer secret custom", "Bearer none"]
 
 
 @needs_client

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -23,7 +24,8 @@ class Endpoint:
         timeout: Seconds until a question counts as failed, and is asked again.
         retries: How often a question is asked again after a timeout, a 429, a 5xx, or a broken connection.
         key_variable: Where in the environment the key is, if one is needed. A suspect's host is not to be sent the key
-            of a judge's, so theirs are two.
+            of a judge's, so theirs are two. What else the client reads there (an organization, a project, headers)
+            goes with `OPENAI_API_KEY` alone.
 
     Raises:
         UsageError: the API's client is not installed.
@@ -41,12 +43,9 @@ class Endpoint:
             from openai import OpenAI
         except ImportError as error:
             raise UsageError("an endpoint needs the client of its API: pip install 'crow-llm[endpoint]'") from error
-        self._client = OpenAI(
-            base_url=self.url,
-            api_key=os.environ.get(self.key_variable, "none"),  # servers of one's own want none, the client wants one
-            timeout=self.timeout,
-            max_retries=self.retries,
-        )
+        key = os.environ.get(self.key_variable, "none")  # servers of one's own want none, the client wants one
+        with nullcontext() if self.key_variable == "OPENAI_API_KEY" else _without_openai_variables():
+            self._client = OpenAI(base_url=self.url, api_key=key, timeout=self.timeout, max_retries=self.retries)
 
     def ask(self, messages: Any, max_tokens: int) -> str:
         """The greedy answer.
@@ -74,6 +73,16 @@ class Endpoint:
                 yield places[future], future.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextmanager
+def _without_openai_variables() -> Iterator[None]:
+    """The client has no option for this: it reads its headers from the environment, whatever else it is told."""
+    hidden = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("OPENAI_")}
+    try:
+        yield
+    finally:
+        os.environ |= hidden
 
 
 def reason(error: Exception) -> str:
