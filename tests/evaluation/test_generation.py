@@ -277,6 +277,14 @@ def test_a_measurement_is_read_as_it_was_written(measured: Any, tmp_path: Path) 
     assert Evaluation.load(tmp_path / "figures.json") == dataclasses.replace(result, answers=[])
 
 
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85"])
+def test_an_answer_may_hold_any_mark_of_a_lines_end(measured: Any, tmp_path: Path, mark: str) -> None:
+    result, _ = measured
+    result.answers[0]["answer"] = f"one{mark}two"
+    result.save(tmp_path / "figures.json")
+    assert Evaluation.load(tmp_path / "figures.json").answers == result.answers
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -12,7 +12,7 @@ from typing import Any
 
 from crow.backdoors import Behavior, Trigger
 from crow.consistency import layer_profile
-from crow.data import Example, prompt_fingerprints, user_text, with_user_text
+from crow.data import Example, json_lines, prompt_fingerprints, user_text, with_user_text
 from crow.errors import UsageError
 from crow.evaluation.engines import Engine, Transformers, answers
 from crow.evaluation.statistics import Count, MeanLength, MeanScore, is_degenerate
@@ -132,7 +132,7 @@ class Evaluation:
                 value["reference_kl"] = float(value["reference_kl"])
             value["settings"], value["provenance"] = dict(value["settings"]), dict(value["provenance"])
             beside = answers_path(path)
-            rows = map(json.loads, beside.read_text("utf-8").splitlines()) if beside.is_file() else ()
+            rows = json_lines(beside.read_text("utf-8"), str(beside)) if beside.is_file() else ()
             loaded = cls(**value, answers=[{"set": row["set"], "prompt": row["prompt"], **row} for row in rows])
             loaded.further_counts(), loaded.further_values()  # which look at what else it holds
             return loaded
