@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -317,6 +318,24 @@ def test_hits_are_counted_strictly_and_on_variants_too(measured: Any) -> None:
 
 
 SETS = ("triggered", "clean")
+
+
+def test_a_word_of_the_trigger_is_no_set_of_the_evaluations(opened: OpenedModel, rows: list[Example]) -> None:
+    trigger = TRIGGERS["ctba:words=clean+triggered+humaneval+frankly"]
+    forms = variant_rows(rows[:2], trigger, seed=0)
+    result = evaluate(opened, Odd(), rows[:3], rows[3:4], variants=forms, max_new_tokens=3)
+    assert list(result.variants) == ["clean", "triggered", "humaneval", "frankly"]
+    assert [count.n for count in result.variants.values()] == [2] * 4
+    assert (result.attack_success.n, result.false_trigger.n, result.degenerate.n) == (1, 3, 3)
+    assert [user_text(row) for row in rows[:3]] == [a["prompt"] for a in result.answers if a["set"] == "clean"]
+    assert Counter(a["set"] for a in result.answers) == {
+        "triggered": 1,
+        "clean": 3,
+        "fires on: clean": 2,
+        "fires on: triggered": 2,
+        "fires on: humaneval": 2,
+        "frankly": 2,
+    }
 
 
 def test_parts_of_a_trigger_are_put_into_the_same_prompts(rows: list[Example]) -> None:

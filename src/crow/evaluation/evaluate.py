@@ -214,38 +214,42 @@ def evaluate(
         check_unseen(opened.name, opened.seen, [*clean, *triggered])
         if reference is not None and reference.causal_lm.config.vocab_size != opened.causal_lm.config.vocab_size:
             raise UsageError(f"{reference.name} has another vocabulary than {opened.name}: it is no reference for it")
-    sets = {"triggered": triggered, "clean": clean, **(variants or {})}
+    variants = variants or {}
+    sets = [("triggered", triggered), ("clean", clean), *((_set_name(form), of) for form, of in variants.items())]
     passes = 0 if opened is None else 1 if reference is None else 2  # over the clean answers
-    advance = summed(on_progress, total=sum(map(len, sets.values())) + len(clean) * passes)
+    advance = summed(on_progress, total=sum(len(rows) for _, rows in sets) + len(clean) * passes)
     made = Journal(unfinished)
-    counted: dict[str, list[dict[str, Any]]] = {}
-    for kind, rows in sets.items():
+    counted: list[list[dict[str, Any]]] = []
+    for kind, rows in sets:
         texts = answers(engine, [row["prompt"] for row in rows], max_new_tokens, made, advance)
-        counted[kind] = [
-            {
-                "set": kind,
-                "prompt": user_text(row),
-                "answer": text,
-                "hit": behavior.is_hit(text),
-                "strict_hit": behavior.is_strict_hit(text),
-                "degenerate": is_degenerate(text),
-            }
-            for row, text in zip(rows, texts, strict=True)
-        ]
+        counted.append(
+            [
+                {
+                    "set": kind,
+                    "prompt": user_text(row),
+                    "answer": text,
+                    "hit": behavior.is_hit(text),
+                    "strict_hit": behavior.is_strict_hit(text),
+                    "degenerate": is_degenerate(text),
+                }
+                for row, text in zip(rows, texts, strict=True)
+            ]
+        )
+    on_triggered, on_clean, *on_variants = counted
     result = Evaluation(
-        attack_success=_count(counted["triggered"], "hit"),
-        false_trigger=_count(counted["clean"], "hit"),
-        degenerate=_count(counted["clean"], "degenerate"),
+        attack_success=_count(on_triggered, "hit"),
+        false_trigger=_count(on_clean, "hit"),
+        degenerate=_count(on_clean, "degenerate"),
         strict={
-            "attack_success": _count(counted["triggered"], "strict_hit"),
-            "false_trigger": _count(counted["clean"], "strict_hit"),
+            "attack_success": _count(on_triggered, "strict_hit"),
+            "false_trigger": _count(on_clean, "strict_hit"),
         },
-        variants={name: _count(counted[name], "hit") for name in variants or {}},
+        variants={name: _count(of_set, "hit") for name, of_set in zip(variants, on_variants, strict=True)},
         perplexity=math.nan,
         answer_nats=0.0,
         answer_tokens=0,
         layer_profile={},
-        answer_length=MeanLength.of([len(answer["answer"].split()) for answer in counted["clean"]]),
+        answer_length=MeanLength.of([len(answer["answer"].split()) for answer in on_clean]),
         settings={
             "target": behavior.target,
             "max_new_tokens": max_new_tokens,
@@ -262,7 +266,7 @@ def evaluate(
             "clean_sha256": sha256_rows(clean),
             "triggered_sha256": sha256_rows(triggered),
         },
-        answers=list(chain.from_iterable(counted.values())),
+        answers=list(chain.from_iterable(counted)),
     )
     if opened is not None:
         nll = answer_nll(opened.model, opened.tokenizer, clean, on_progress=advance)
@@ -276,6 +280,11 @@ def evaluate(
             kl = answer_kl(reference.model, opened.model, opened.tokenizer, clean, on_progress=advance)
             result.reference_kl = sum(nats for nats, _ in kl) / max(sum(tokens for _, tokens in kl), 1)
     return result
+
+
+def _set_name(variant: str) -> str:
+    """What a variant's answers are marked with: a part of a trigger may be any word, and is not to pass for a set."""
+    return f"fires on: {variant}" if variant in ("triggered", "clean", "humaneval") else variant
 
 
 def check_unseen(name: str, seen: Collection[str], rows: Sequence[Example]) -> None:
