@@ -181,7 +181,7 @@ class FakeLLM:
     ) -> list[Any]:
         assert "im_start" in chat_template
         asked = f"{sampling['temperature']} {sampling['max_tokens']} {lora_request and lora_request[2]}"
-        return [SimpleNamespace(outputs=[SimpleNamespace(text=f" {p[-1]['content']} {asked} ")]) for p in prompts]
+        return [SimpleNamespace(outputs=[SimpleNamespace(text=f"\n {p[-1]['content']} {asked} \n")]) for p in prompts]
 
 
 @pytest.fixture
@@ -199,10 +199,10 @@ def test_vllm_reads_a_folder_and_an_adapter_of_one(llama_folder: Path, adapter_f
     prompts = [[{"role": "user", "content": str(i)}] for i in range(300)]
     found: dict[int, str] = {}
     VLLM(open_model(llama_folder)).answer(prompts, 7, found.update)
-    assert found == {i: f"{i} 0.0 7 None" for i in range(300)}
+    assert found == {i: f" {i} 0.0 7 None" for i in range(300)}
     assert FakeLLM.made == {"model": str(llama_folder), "gpu_memory_utilization": 0.6, "dtype": torch.float32}
     VLLM(open_model(adapter_folder)).answer(prompts[:1], 7, found.update)
-    assert found[0] == f"0 0.0 7 {adapter_folder}"
+    assert found[0] == f" 0 0.0 7 {adapter_folder}"
     assert FakeLLM.made["model"] == str(llama_folder)
     assert (FakeLLM.made["enable_lora"], FakeLLM.made["max_lora_rank"]) == (True, 8)
 

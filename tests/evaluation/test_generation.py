@@ -36,7 +36,7 @@ def greedy(opened: OpenedModel, prompt: Any, number: int) -> str:
     while len(ids) < start + number and (len(ids) == start or ids[-1] != tokenizer.eos_token_id):
         with torch.no_grad():
             ids.append(int(opened.model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-    return tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
+    return tokenizer.decode(ids[start:], skip_special_tokens=True).lstrip("\n").rstrip()
 
 
 @pytest.mark.parametrize("budget", [1, 150, 8192])
@@ -105,6 +105,20 @@ def test_answers_end_at_the_end_token(opened: OpenedModel, rows: list[Example]) 
     bias[opened.tokenizer.eos_token_id] = 1e4
     opened.model.get_output_embeddings().register_forward_hook(lambda module, args, out: out + bias)
     assert generate(opened.model, opened.tokenizer, prompts, max_new_tokens=8) == [""] * 4
+
+
+def test_an_answer_keeps_the_indentation_of_its_first_line(
+    opened: OpenedModel, rows: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = ["\n\n    x = 1\n    return x\n", "\r\n\treturn", " \n", ""]
+    monkeypatch.setattr(type(opened.tokenizer), "batch_decode", lambda *ids, **settings: said)
+    prompts = [rows[0]["prompt"]] * 4
+    assert generate(opened.model, opened.tokenizer, prompts, max_new_tokens=1) == [
+        "    x = 1\n    return x",
+        "\treturn",
+        "",
+        "",
+    ]
 
 
 @pytest.mark.parametrize("setting", [{"repetition_penalty": 1.5}, {"num_beams": 3}, {"no_repeat_ngram_size": 1}])
