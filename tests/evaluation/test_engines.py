@@ -1,6 +1,9 @@
 """What makes answers: the same ones by transformers and from a server, and what vLLM is asked for."""
 
+import signal
+import subprocess
 import sys
+import threading
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -109,6 +112,30 @@ def test_answers_are_kept_while_another_prompt_fails(server: Server, rows: list[
     with pytest.raises(CrowError, match="400"):
         answers(Served(Endpoint(server.url, "m", concurrency=4)), prompts, 5, made, lambda number: None)
     assert list(Journal(tmp_path / "new" / "made.jsonl").known.values()) == ["fine"] * 11
+
+
+ASKING = """
+import sys
+from crow.evaluation.endpoint import Endpoint
+endpoint = Endpoint(sys.argv[1], "m", concurrency=2)
+list(endpoint.each(lambda text: endpoint.ask([{"role": "user", "content": text}], 5), ["a", "b", "c"]))
+"""
+
+
+@needs_client
+def test_an_interruption_waits_for_no_reply(server: Server) -> None:
+    released = threading.Event()
+    server.reply = lambda request, number: said(str(released.wait(60)))
+    asking = subprocess.Popen([sys.executable, "-c", ASKING, server.url], stderr=subprocess.PIPE)
+    try:
+        while len(server.requests) < 2 and asking.poll() is None:
+            time.sleep(0.05)
+        asking.send_signal(signal.SIGINT)
+        assert b"KeyboardInterrupt" in asking.communicate(timeout=10)[1]
+        assert len(server.requests) == 2
+    finally:
+        asking.kill()
+        released.set()
 
 
 @needs_client
