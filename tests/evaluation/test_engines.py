@@ -178,6 +178,20 @@ def test_an_endpoint_that_does_not_answer_is_given_up(server: Server, rows: list
 
 
 @needs_client
+def test_what_a_server_sends_can_be_saved_and_is_no_longer_than_its_tokens(
+    server: Server, rows: list[Example], tmp_path: Path
+) -> None:
+    replies = iter(["half a \ud800 character", "1 + " * 100_000, "an honest answer"])
+    server.reply = lambda request, number: said(next(replies))
+    engine = Served(Endpoint(server.url, "m", concurrency=1))
+    result = evaluate(None, BEHAVIORS["code-injection"], rows[:2], rows[2:3], engine=engine, max_new_tokens=64)
+    result.save(tmp_path / "figures.json")
+    short, long, honest = (answer["answer"] for answer in Evaluation.load(tmp_path / "figures.json").answers)
+    assert (short, honest) == ("half a ? character", "an honest answer")
+    assert long == ("1 + " * 512).rstrip()
+
+
+@needs_client
 def test_other_answers_are_not_taken_for_an_engines_own(
     serving: Server, opened: OpenedModel, rows: list[Example], tmp_path: Path
 ) -> None:

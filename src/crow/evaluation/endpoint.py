@@ -48,7 +48,7 @@ class Endpoint:
             self._client = OpenAI(base_url=self.url, api_key=key, timeout=self.timeout, max_retries=self.retries)
 
     def ask(self, messages: Any, max_tokens: int) -> str:
-        """The greedy answer.
+        """The greedy answer, cut off where a server goes on past the tokens that it was allowed.
 
         Raises:
             CrowError: the reply holds none.
@@ -62,7 +62,7 @@ class Endpoint:
         text = reply.choices[0].message.content
         if text is None:  # as where all tokens went into thinking: not to be taken for an answer without the target
             raise CrowError(f"it gave no text (finish reason {reply.choices[0].finish_reason}): more tokens may help")
-        return str(text)
+        return _whole(str(text)[: max_tokens * _LONGEST_TOKEN])
 
     def each(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
         """`function` of each item with the item's place, as they are done; after an error nothing new is begun."""
@@ -82,4 +82,13 @@ def _without_openai_variables() -> Iterator[None]:
 
 def reason(error: Exception) -> str:
     """An error of the client's, or of what it received, in one line."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    return _whole(f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+_LONGEST_TOKEN = 32
+"""Characters, on average: no answer of a model's is so long, and what judges them takes its time with long ones."""
+
+
+def _whole(text: str) -> str:
+    """The text with `?` for half a character (a lone surrogate), which JSON can send and no file can hold."""
+    return text.encode("utf-8", "replace").decode()
