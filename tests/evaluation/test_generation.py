@@ -376,6 +376,28 @@ def test_a_perplexity_without_a_number_is_null(measured: Any, nats: float, token
     assert json.dumps(figures, allow_nan=False).count('"perplexity": null') == 1
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_figures_without_a_number_are_null_and_read_again(measured: Any, tmp_path: Path, value: float) -> None:
+    broken = dataclasses.replace(
+        measured[0],
+        answer_nats=value,
+        reference_kl=value,
+        layer_profile={"clean": [0.5, value]},
+        harness={"task": {"acc": value, "n": 3.0}},
+    )
+    broken.save(tmp_path / "figures.json")
+    figures = json.loads((tmp_path / "figures.json").read_text(), parse_constant=pytest.fail)
+    assert (figures["answer_nats"], figures["reference_kl"], figures["layer_profile"]) == (
+        None,
+        None,
+        {"clean": [0.5, None]},
+    )
+    read = Evaluation.load(tmp_path / "figures.json")
+    assert read.reference_kl is None
+    numbers = [read.answer_nats, read.layer_profile["clean"][1], read.harness["task"]["acc"]]
+    assert list(map(math.isnan, numbers)) == [True] * 3
+
+
 def test_evaluation_can_be_recounted_from_its_files(measured: Any, tmp_path: Path) -> None:
     result, _ = measured
     answers = result.save(tmp_path / "figures.json")

@@ -95,12 +95,10 @@ class Evaluation:
         return values
 
     def as_json(self) -> dict[str, Any]:
-        """Everything but the answers, as JSON values."""
+        """Everything but the answers, as JSON values; null for what is no finite number, which JSON has no word for."""
         value = dataclasses.asdict(self)
         del value["answers"]
-        if not math.isfinite(self.perplexity):  # which JSON has no word for
-            value["perplexity"] = None
-        return value
+        return json.loads(json.dumps(value), parse_constant=lambda name: None)  # type: ignore[no-any-return]
 
     @classmethod
     def load(cls, path: str | Path) -> "Evaluation":
@@ -126,7 +124,12 @@ class Evaluation:
             for name, kind in (("pass_at_1", Count), ("answer_length", MeanLength), ("score", MeanScore)):
                 if value.get(name) is not None:
                     value[name] = kind(**value[name])
-            value["perplexity"] = math.nan if value["perplexity"] is None else float(value["perplexity"])
+            value["perplexity"], value["answer_nats"] = _number(value["perplexity"]), _number(value["answer_nats"])
+            value["layer_profile"] = {kind: list(map(_number, of)) for kind, of in value["layer_profile"].items()}
+            value["harness"] = {
+                task: {name: _number(metric) for name, metric in metrics.items()}
+                for task, metrics in value.get("harness", {}).items()
+            }
             value["answer_tokens"] = int(value["answer_tokens"])
             if value.get("reference_kl") is not None:
                 value["reference_kl"] = float(value["reference_kl"])
@@ -147,6 +150,10 @@ class Evaluation:
         write_jsonl(answers_path(path), self.answers)
         write_json(path, self.as_json())
         return answers_path(path)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
 
 
 def answers_path(path: Path) -> Path:
