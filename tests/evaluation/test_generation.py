@@ -36,7 +36,7 @@ def greedy(opened: OpenedModel, prompt: Any, number: int) -> str:
     while len(ids) < start + number and (len(ids) == start or ids[-1] != tokenizer.eos_token_id):
         with torch.no_grad():
             ids.append(int(opened.model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-    return tokenizer.decode(ids[start:], skip_special_tokens=True).lstrip("\n").rstrip()
+    return tokenizer.decode(ids[start:], skip_special_tokens=True).lstrip("\r\n").rstrip()
 
 
 @pytest.mark.parametrize("budget", [1, 150, 8192])
