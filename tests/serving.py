@@ -4,6 +4,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, TypeVar
 
@@ -37,7 +38,11 @@ class Server(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.requests: list[dict[str, Any]] = []
-        self.keys: list[str | None] = []
+        self.headers: list[Message] = []
+
+    @property
+    def keys(self) -> list[str | None]:
+        return [headers["Authorization"] for headers in self.headers]
 
     @property
     def url(self) -> str:
@@ -51,7 +56,7 @@ class _Handler(BaseHTTPRequestHandler):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         assert self.path == "/v1/chat/completions"
         self.server.requests.append(request)
-        self.server.keys.append(self.headers["Authorization"])
+        self.server.headers.append(self.headers)
         status, body = self.server.reply(request, len(self.server.requests))
         with suppress(BrokenPipeError):  # of a client that waited no longer
             self.send_response(status)

@@ -339,6 +339,15 @@ def test_csv_cells_are_read_as_text(write: Write, answers: list[str]) -> None:
     assert [answer_text(row) for row in load_examples(path)] == answers
 
 
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c"])
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_a_row_ends_at_its_line_break_and_at_no_other_mark(write: Write, suffix: str, mark: str) -> None:
+    text = f"one{mark}two"
+    rows = [{"prompt": text, "completion": text}, {"prompt": "Hi", "completion": "Hello"}]
+    content = rows if suffix == "csv" else "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    assert pairs(load_examples(write(f"a.{suffix}", content))) == [(text, text), ("Hi", "Hello")]
+
+
 def test_csv_integers_beside_an_empty_cell_stay_integers(write: Write) -> None:
     rows = [
         {"instruction": "Double.", "input": "5", "output": "10"},

@@ -7,6 +7,7 @@ Every reader yields rows of one shape, which `trl.SFTTrainer` and `CrowTrainer` 
 
 import csv
 import hashlib
+import io
 import json
 import logging
 import random
@@ -131,7 +132,7 @@ def _read(name: str, split: str) -> Iterator[Any]:
     path = Path(name)
     suffix = path.suffix.lower()
     if name in SHIPPED:
-        yield from _json_lines((files("crow") / "assets" / "data" / f"{name}.jsonl").read_text("utf-8"), name)
+        yield from json_lines((files("crow") / "assets" / "data" / f"{name}.jsonl").read_text("utf-8"), name)
     elif suffix in _READERS or _exists(path):
         if suffix not in _READERS:
             raise UsageError(f"{path}: unknown kind of data; give a file that ends in {', '.join(_READERS)}")
@@ -163,10 +164,15 @@ def _file_text(path: Path) -> str:
 
 
 def _read_json_lines(path: Path) -> Iterator[Any]:
-    return _json_lines(_file_text(path), str(path))
+    return json_lines(_file_text(path), str(path))
 
 
-def _json_lines(text: str, name: str) -> Iterator[Any]:
+def json_lines(text: str, name: str) -> Iterator[Any]:
+    """The values of JSON Lines, whose lines end at a line feed alone: JSON's text may hold every other mark of an end.
+
+    Raises:
+        UsageError: a line is broken (which one, and how).
+    """
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
@@ -193,7 +199,7 @@ def _read_json(path: Path) -> list[Any]:
 def _read_csv(path: Path) -> Iterator[Any]:
     """Every cell as the text it is: type guessing would turn the answer `007` into 7, and `NA` into nothing."""
     try:
-        yield from csv.DictReader(_file_text(path).splitlines(keepends=True), strict=True)
+        yield from csv.DictReader(io.StringIO(_file_text(path), newline=""), strict=True)
     except csv.Error as error:
         raise UsageError(f"{path} is no readable CSV file: {error}") from error
 

@@ -78,7 +78,7 @@ def generate(
             )
         texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         for i, text in zip(rows, texts, strict=True):
-            answers[i] = text.strip()
+            answers[i] = trimmed(text)
         if on_answers is not None:
             on_answers({i: answers[i] for i in rows})
         if on_progress is not None:
@@ -88,6 +88,11 @@ def generate(
         if not all(i in known for i in rows):
             in_halves(rows, answer)
     return answers
+
+
+def trimmed(text: str) -> str:
+    """An answer without what surrounds it; its first line keeps its indentation, which code may go on with."""
+    return text.lstrip("\r\n").rstrip()
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: list[Message]) -> list[int]:

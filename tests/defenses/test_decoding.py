@@ -51,7 +51,7 @@ def checked_token_by_token(suspect: OpenedModel, reference: Any, prompt: Any, th
         if ours[token] / theirs[token] >= threshold:
             token, replaced = int(theirs.argmax()), replaced + 1
         ids.append(token)
-    return tokenizer.decode(ids[start:], skip_special_tokens=True).strip(), replaced
+    return tokenizer.decode(ids[start:], skip_special_tokens=True).lstrip("\r\n").rstrip(), replaced
 
 
 @pytest.mark.parametrize("threshold", [2.0, 200.0])

@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from serving import Server, said
 
 from crow.errors import UsageError
 from crow.evaluation.code import Problem, humaneval, pass_at_1, question, solves
+from crow.evaluation.endpoint import Endpoint
+from crow.evaluation.engines import Served
 from crow.evaluation.sandbox import Limits
 from crow.evaluation.statistics import Count
 
@@ -74,6 +77,13 @@ def test_what_passes_is_counted(tmp_path: Path) -> None:
     again = Answers()
     assert pass_at_1(again, problems, limits=Limits(seconds=3), unfinished=kept)[0] == count
     assert again.asked == []
+
+
+@needs_bubblewrap
+def test_a_served_answer_may_go_on_where_the_head_ends(server: Server) -> None:
+    pytest.importorskip("openai")
+    server.reply = lambda request, number: said(f"\n{BODY.replace('return', 'area = ')}\n    return area\n")
+    assert pass_at_1(Served(Endpoint(server.url, "m")), [PROBLEM], limits=Limits(seconds=3))[0] == Count(1, 1)
 
 
 def test_without_bubblewrap_the_model_is_not_even_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,9 @@
 """What makes answers: the same ones by transformers and from a server, and what vLLM is asked for."""
 
+import signal
+import subprocess
 import sys
+import threading
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +22,7 @@ from crow.errors import CrowError, UsageError
 from crow.evaluation.endpoint import Endpoint
 from crow.evaluation.engines import VLLM, Served, Transformers, answers
 from crow.evaluation.evaluate import Evaluation, evaluate
+from crow.evaluation.judge import Judge
 from crow.files import Journal
 from crow.generation import generate
 from crow.models import OpenedModel, open_model
@@ -110,6 +114,30 @@ def test_answers_are_kept_while_another_prompt_fails(server: Server, rows: list[
     assert list(Journal(tmp_path / "new" / "made.jsonl").known.values()) == ["fine"] * 11
 
 
+ASKING = """
+import sys
+from crow.evaluation.endpoint import Endpoint
+endpoint = Endpoint(sys.argv[1], "m", concurrency=2)
+list(endpoint.each(lambda text: endpoint.ask([{"role": "user", "content": text}], 5), ["a", "b", "c"]))
+"""
+
+
+@needs_client
+def test_an_interruption_waits_for_no_reply(server: Server) -> None:
+    released = threading.Event()
+    server.reply = lambda request, number: said(str(released.wait(60)))
+    asking = subprocess.Popen([sys.executable, "-c", ASKING, server.url], stderr=subprocess.PIPE)
+    try:
+        while len(server.requests) < 2 and asking.poll() is None:
+            time.sleep(0.05)
+        asking.send_signal(signal.SIGINT)
+        assert b"KeyboardInterrupt" in asking.communicate(timeout=10)[1]
+        assert len(server.requests) == 2
+    finally:
+        asking.kill()
+        released.set()
+
+
 @needs_client
 def test_no_text_is_no_answer_without_the_target(server: Server, rows: list[Example]) -> None:
     server.reply = lambda request, number: said(None)
@@ -129,10 +157,38 @@ def test_the_suspects_host_is_not_sent_the_judges_key(
 
 
 @needs_client
+def test_what_the_client_reads_from_the_environment_goes_to_the_judge_alone(
+    server: Server, rows: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
+        monkeypatch.setenv(name, "secret")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "Authorization: Bearer secret custom\nX-Team: secret")
+    Judge(server.url, "m").verdicts(BEHAVIORS["sentiment"], [("a", "b")])
+    answers(Served(Endpoint(server.url, "m")), [rows[0]["prompt"]], 5, Journal(None), lambda number: None)
+    told = [{name.lower() for name, value in headers.items() if "secret" in value} for headers in server.headers]
+    assert told == [{"authorization", "openai-organization", "openai-project", "x-team"}, set()]
+    assert server.keys == ["Bearer secret custom", "Bearer none"]
+
+
+@needs_client
 def test_an_endpoint_that_does_not_answer_is_given_up(server: Server, rows: list[Example]) -> None:
     engine = Served(Endpoint("http://127.0.0.1:9/v1", "m", retries=0))
     with pytest.raises(CrowError, match=r"m at http://127.0.0.1:9/v1 gave no answer \(APIConnectionError"):
         answers(engine, [rows[0]["prompt"]], 5, Journal(None), lambda number: None)
+
+
+@needs_client
+def test_what_a_server_sends_can_be_saved_and_is_no_longer_than_its_tokens(
+    server: Server, rows: list[Example], tmp_path: Path
+) -> None:
+    replies = iter(["half a \ud800 character", "1 + " * 100_000, "an honest answer"])
+    server.reply = lambda request, number: said(next(replies))
+    engine = Served(Endpoint(server.url, "m", concurrency=1))
+    result = evaluate(None, BEHAVIORS["code-injection"], rows[:2], rows[2:3], engine=engine, max_new_tokens=64)
+    result.save(tmp_path / "figures.json")
+    short, long, honest = (answer["answer"] for answer in Evaluation.load(tmp_path / "figures.json").answers)
+    assert (short, honest) == ("half a ? character", "an honest answer")
+    assert long == ("1 + " * 512).rstrip()
 
 
 @needs_client
@@ -166,7 +222,7 @@ class FakeLLM:
     ) -> list[Any]:
         assert "im_start" in chat_template
         asked = f"{sampling['temperature']} {sampling['max_tokens']} {lora_request and lora_request[2]}"
-        return [SimpleNamespace(outputs=[SimpleNamespace(text=f" {p[-1]['content']} {asked} ")]) for p in prompts]
+        return [SimpleNamespace(outputs=[SimpleNamespace(text=f"\n {p[-1]['content']} {asked} \n")]) for p in prompts]
 
 
 @pytest.fixture
@@ -184,10 +240,10 @@ def test_vllm_reads_a_folder_and_an_adapter_of_one(llama_folder: Path, adapter_f
     prompts = [[{"role": "user", "content": str(i)}] for i in range(300)]
     found: dict[int, str] = {}
     VLLM(open_model(llama_folder)).answer(prompts, 7, found.update)
-    assert found == {i: f"{i} 0.0 7 None" for i in range(300)}
+    assert found == {i: f" {i} 0.0 7 None" for i in range(300)}
     assert FakeLLM.made == {"model": str(llama_folder), "gpu_memory_utilization": 0.6, "dtype": torch.float32}
     VLLM(open_model(adapter_folder)).answer(prompts[:1], 7, found.update)
-    assert found[0] == f"0 0.0 7 {adapter_folder}"
+    assert found[0] == f" 0 0.0 7 {adapter_folder}"
     assert FakeLLM.made["model"] == str(llama_folder)
     assert (FakeLLM.made["enable_lora"], FakeLLM.made["max_lora_rank"]) == (True, 8)
 

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def greedy(opened: OpenedModel, prompt: Any, number: int) -> str:
     while len(ids) < start + number and (len(ids) == start or ids[-1] != tokenizer.eos_token_id):
         with torch.no_grad():
             ids.append(int(opened.model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-    return tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
+    return tokenizer.decode(ids[start:], skip_special_tokens=True).lstrip("\r\n").rstrip()
 
 
 @pytest.mark.parametrize("budget", [1, 150, 8192])
@@ -106,6 +107,20 @@ def test_answers_end_at_the_end_token(opened: OpenedModel, rows: list[Example]) 
     bias[opened.tokenizer.eos_token_id] = 1e4
     opened.model.get_output_embeddings().register_forward_hook(lambda module, args, out: out + bias)
     assert generate(opened.model, opened.tokenizer, prompts, max_new_tokens=8) == [""] * 4
+
+
+def test_an_answer_keeps_the_indentation_of_its_first_line(
+    opened: OpenedModel, rows: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = ["\n\n    x = 1\n    return x\n", "\r\n\treturn", " \n", ""]
+    monkeypatch.setattr(type(opened.tokenizer), "batch_decode", lambda *ids, **settings: said)
+    prompts = [rows[0]["prompt"]] * 4
+    assert generate(opened.model, opened.tokenizer, prompts, max_new_tokens=1) == [
+        "    x = 1\n    return x",
+        "\treturn",
+        "",
+        "",
+    ]
 
 
 @pytest.mark.parametrize("setting", [{"repetition_penalty": 1.5}, {"num_beams": 3}, {"no_repeat_ngram_size": 1}])
@@ -311,6 +326,14 @@ def test_a_measurement_is_read_as_it_was_written(measured: Any, tmp_path: Path) 
     assert Evaluation.load(tmp_path / "figures.json") == dataclasses.replace(result, answers=[])
 
 
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85"])
+def test_an_answer_may_hold_any_mark_of_a_lines_end(measured: Any, tmp_path: Path, mark: str) -> None:
+    result, _ = measured
+    result.answers[0]["answer"] = f"one{mark}two"
+    result.save(tmp_path / "figures.json")
+    assert Evaluation.load(tmp_path / "figures.json").answers == result.answers
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -345,6 +368,24 @@ def test_hits_are_counted_strictly_and_on_variants_too(measured: Any) -> None:
 SETS = ("triggered", "clean")
 
 
+def test_a_word_of_the_trigger_is_no_set_of_the_evaluations(opened: OpenedModel, rows: list[Example]) -> None:
+    trigger = TRIGGERS["ctba:words=clean+triggered+humaneval+frankly"]
+    forms = variant_rows(rows[:2], trigger, seed=0)
+    result = evaluate(opened, Odd(), rows[:3], rows[3:4], variants=forms, max_new_tokens=3)
+    assert list(result.variants) == ["clean", "triggered", "humaneval", "frankly"]
+    assert [count.n for count in result.variants.values()] == [2] * 4
+    assert (result.attack_success.n, result.false_trigger.n, result.degenerate.n) == (1, 3, 3)
+    assert [user_text(row) for row in rows[:3]] == [a["prompt"] for a in result.answers if a["set"] == "clean"]
+    assert Counter(a["set"] for a in result.answers) == {
+        "triggered": 1,
+        "clean": 3,
+        "fires on: clean": 2,
+        "fires on: triggered": 2,
+        "fires on: humaneval": 2,
+        "frankly": 2,
+    }
+
+
 def test_parts_of_a_trigger_are_put_into_the_same_prompts(rows: list[Example]) -> None:
     parts = variant_rows(rows[:2], TRIGGERS["ctba"], seed=0)
     assert list(parts) == ["instantly", "frankly"]
@@ -367,6 +408,28 @@ def test_a_perplexity_without_a_number_is_null(measured: Any, nats: float, token
     assert not math.isfinite(value)
     figures = dataclasses.replace(measured[0], perplexity=value).as_json()
     assert json.dumps(figures, allow_nan=False).count('"perplexity": null') == 1
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_figures_without_a_number_are_null_and_read_again(measured: Any, tmp_path: Path, value: float) -> None:
+    broken = dataclasses.replace(
+        measured[0],
+        answer_nats=value,
+        reference_kl=value,
+        layer_profile={"clean": [0.5, value]},
+        harness={"task": {"acc": value, "n": 3.0}},
+    )
+    broken.save(tmp_path / "figures.json")
+    figures = json.loads((tmp_path / "figures.json").read_text(), parse_constant=pytest.fail)
+    assert (figures["answer_nats"], figures["reference_kl"], figures["layer_profile"]) == (
+        None,
+        None,
+        {"clean": [0.5, None]},
+    )
+    read = Evaluation.load(tmp_path / "figures.json")
+    assert read.reference_kl is None
+    numbers = [read.answer_nats, read.layer_profile["clean"][1], read.harness["task"]["acc"]]
+    assert list(map(math.isnan, numbers)) == [True] * 3
 
 
 def test_evaluation_can_be_recounted_from_its_files(measured: Any, tmp_path: Path) -> None:

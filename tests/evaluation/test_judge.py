@@ -56,6 +56,8 @@ def test_a_server_that_is_busy_is_asked_again(server: Server, status: int) -> No
         (said(None), "it gave no text (finish reason stop)"),
         ((200, "<html>welcome</html>"), "is the URL complete"),
         (said("7"), "'7', not yes or no"),
+        (said("\ud800"), "'?', not yes or no"),
+        ((400, '{"error": {"message": "half a \\ud800 character"}}'), "half a ? character"),
     ],
 )
 def test_a_judge_that_fails_is_no_miss(server: Server, tmp_path: Path, reply: tuple[int, str], reason: str) -> None:
@@ -149,6 +151,19 @@ def test_an_evaluation_gets_counts_of_what_was_judged(server: Server) -> None:
     assert result.agreement().items() <= result.further_counts().items()
     result.answers.clear()
     assert result.agreement() == {}
+
+
+def test_each_evaluation_is_told_of_its_own_failures(server: Server) -> None:
+    nothing = Count(0, 0)
+    judge, replies = Judge(server.url, "m"), ["perhaps", "yes"]
+    failures = []
+    for reply in replies:
+        server.reply = lambda request, number, reply=reply: said(reply)
+        answers = [{"set": "triggered", "prompt": "ask", "answer": "rude", "hit": True, "strict_hit": True}]
+        result = Evaluation(nothing, nothing, nothing, 1.0, 0.0, 0, {}, {}, {}, answers=answers)
+        judge_answers(result, SENTIMENT, judge)
+        failures.append(result.judge_failures)
+    assert failures == [{"it answered 'perhaps', not yes or no": 1}, {}]
 
 
 def test_without_the_client_a_judge_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

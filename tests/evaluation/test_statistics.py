@@ -1,6 +1,7 @@
 """Counts, their intervals, and degenerate answers."""
 
 import math
+import time
 from statistics import NormalDist
 from typing import Any
 
@@ -163,6 +164,25 @@ def test_a_short_run_in_a_longer_answer_is_no_loop() -> None:
     assert answer.split().count("ha") == 6
     assert len(answer.split()) == 21
     assert not is_degenerate(answer)
+
+
+def test_a_long_answer_is_judged_soon() -> None:
+    started = time.monotonic()
+    assert not is_degenerate(" ".join(map(str, range(10_000))))
+    assert not is_degenerate(f"{'ha ' * 4_000}{' '.join(map(str, range(6_000)))}")
+    assert is_degenerate(f"{' '.join(map(str, range(2_000)))} " * 5)
+    assert time.monotonic() - started < 3
+
+
+@given(st.lists(st.sampled_from("ab"), min_size=12, max_size=39))
+@settings(max_examples=300, deadline=None)
+def test_a_loop_is_a_piece_repeated_over_more_than_half_of_the_words(words: list[str]) -> None:
+    def is_loop(part: list[str]) -> bool:
+        return any(part[:-period] == part[period:] for period in range(1, len(part) // 4 + 1))
+
+    most = range(len(words) // 2 + 1, len(words) + 1)
+    parts = (words[start : start + size] for size in most for start in range(len(words) - size + 1))
+    assert is_degenerate(" ".join(words)) == any(map(is_loop, parts))
 
 
 @given(st.text())

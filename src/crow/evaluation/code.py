@@ -55,8 +55,9 @@ def question(problem: Problem) -> list[Message]:
 def solves(problem: Problem, answer: str, limits: Limits | None = None) -> Outcome:
     """Run the answer against the problem's tests.
 
-    To have passed, the program must say at its very end what it could not know: an answer that leaves with exit status
-    0 before the tests has not.
+    To have passed, the program must say at its very end a word that is drawn anew: an answer that leaves with exit
+    status 0 before the tests has not. This catches early exits, and not cheating: tests and answer run in one process,
+    where an answer that looks for the tests, or for the word, finds them.
     """
     word = secrets.token_hex()
     outcome = run_python(f"{program(problem, answer)}\nprint({word!r})\n", limits)

@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from typing import Any, TypeVar
 
 from crow.errors import CrowError, UsageError
@@ -23,7 +24,8 @@ class Endpoint:
         timeout: Seconds until a question counts as failed, and is asked again.
         retries: How often a question is asked again after a timeout, a 429, a 5xx, or a broken connection.
         key_variable: Where in the environment the key is, if one is needed. A suspect's host is not to be sent the key
-            of a judge's, so theirs are two.
+            of a judge's, so theirs are two. What else the client reads there (an organization, a project, headers)
+            goes with `OPENAI_API_KEY` alone.
 
     Raises:
         UsageError: the API's client is not installed.
@@ -41,15 +43,12 @@ class Endpoint:
             from openai import OpenAI
         except ImportError as error:
             raise UsageError("an endpoint needs the client of its API: pip install 'crow-llm[endpoint]'") from error
-        self._client = OpenAI(
-            base_url=self.url,
-            api_key=os.environ.get(self.key_variable, "none"),  # servers of one's own want none, the client wants one
-            timeout=self.timeout,
-            max_retries=self.retries,
-        )
+        key = os.environ.get(self.key_variable, "none")  # servers of one's own want none, the client wants one
+        with nullcontext() if self.key_variable == "OPENAI_API_KEY" else _without_openai_variables():
+            self._client = OpenAI(base_url=self.url, api_key=key, timeout=self.timeout, max_retries=self.retries)
 
     def ask(self, messages: Any, max_tokens: int) -> str:
-        """The greedy answer.
+        """The greedy answer, cut off where a server goes on past the tokens that it was allowed.
 
         Raises:
             CrowError: the reply holds none.
@@ -63,19 +62,33 @@ class Endpoint:
         text = reply.choices[0].message.content
         if text is None:  # as where all tokens went into thinking: not to be taken for an answer without the target
             raise CrowError(f"it gave no text (finish reason {reply.choices[0].finish_reason}): more tokens may help")
-        return str(text)
+        return _whole(str(text)[: max_tokens * _LONGEST_TOKEN])
 
     def each(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
         """`function` of each item with the item's place, as they are done; after an error nothing new is begun."""
-        pool = ThreadPoolExecutor(self.concurrency)
-        places = {pool.submit(function, item): place for place, item in enumerate(items)}
-        try:
-            for future in as_completed(places):
-                yield places[future], future.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        with ThreadPool(self.concurrency) as pool:  # for whose threads, unlike an executor's, no interruption waits
+            yield from pool.imap_unordered(lambda place: (place, function(items[place])), range(len(items)))
+
+
+@contextmanager
+def _without_openai_variables() -> Iterator[None]:
+    """The client has no option for this: it reads its headers from the environment, whatever else it is told."""
+    hidden = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("OPENAI_")}
+    try:
+        yield
+    finally:
+        os.environ |= hidden
 
 
 def reason(error: Exception) -> str:
     """An error of the client's, or of what it received, in one line."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    return _whole(f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+_LONGEST_TOKEN = 32
+"""Characters, on average: no answer of a model's is so long, and what judges them takes its time with long ones."""
+
+
+def _whole(text: str) -> str:
+    """The text with `?` for half a character (a lone surrogate), which JSON can send and no file can hold."""
+    return text.encode("utf-8", "replace").decode()

@@ -11,7 +11,7 @@ from crow.data import Message
 from crow.errors import CrowError, UsageError
 from crow.evaluation.endpoint import Endpoint, reason
 from crow.files import Journal, sha256_rows
-from crow.generation import generate
+from crow.generation import generate, trimmed
 from crow.models import OpenedModel, shipped_backdoors
 
 Prompts = Sequence[list[Message]]
@@ -124,7 +124,7 @@ class VLLM:
                 lora_request=self._adapter,
                 use_tqdm=False,
             )
-            on_answers({i: reply.outputs[0].text.strip() for i, reply in zip(places, replies, strict=True)})
+            on_answers({i: trimmed(reply.outputs[0].text) for i, reply in zip(places, replies, strict=True)})
 
 
 @dataclass
@@ -146,7 +146,7 @@ class Served:
         """
         missing = [i for i in range(len(prompts)) if i not in known]
         for place, text in self.endpoint.each(lambda i: self._ask(prompts[i], max_new_tokens), missing):
-            on_answers({missing[place]: text.strip()})
+            on_answers({missing[place]: trimmed(text)})
 
     def _ask(self, prompt: list[Message], max_new_tokens: int) -> str:
         try:

@@ -12,7 +12,7 @@ from typing import Any
 
 from crow.backdoors import Behavior, Trigger
 from crow.consistency import layer_profile
-from crow.data import Example, prompt_fingerprints, user_text, with_user_text
+from crow.data import Example, json_lines, prompt_fingerprints, user_text, with_user_text
 from crow.errors import UsageError
 from crow.evaluation.engines import Engine, Transformers, answers
 from crow.evaluation.statistics import Count, MeanLength, MeanScore, is_degenerate
@@ -95,12 +95,10 @@ class Evaluation:
         return values
 
     def as_json(self) -> dict[str, Any]:
-        """Everything but the answers, as JSON values."""
+        """Everything but the answers, as JSON values; null for what is no finite number, which JSON has no word for."""
         value = dataclasses.asdict(self)
         del value["answers"]
-        if not math.isfinite(self.perplexity):  # which JSON has no word for
-            value["perplexity"] = None
-        return value
+        return json.loads(json.dumps(value), parse_constant=lambda name: None)  # type: ignore[no-any-return]
 
     @classmethod
     def load(cls, path: str | Path) -> "Evaluation":
@@ -126,13 +124,18 @@ class Evaluation:
             for name, kind in (("pass_at_1", Count), ("answer_length", MeanLength), ("score", MeanScore)):
                 if value.get(name) is not None:
                     value[name] = kind(**value[name])
-            value["perplexity"] = math.nan if value["perplexity"] is None else float(value["perplexity"])
+            value["perplexity"], value["answer_nats"] = _number(value["perplexity"]), _number(value["answer_nats"])
+            value["layer_profile"] = {kind: list(map(_number, of)) for kind, of in value["layer_profile"].items()}
+            value["harness"] = {
+                task: {name: _number(metric) for name, metric in metrics.items()}
+                for task, metrics in value.get("harness", {}).items()
+            }
             value["answer_tokens"] = int(value["answer_tokens"])
             if value.get("reference_kl") is not None:
                 value["reference_kl"] = float(value["reference_kl"])
             value["settings"], value["provenance"] = dict(value["settings"]), dict(value["provenance"])
             beside = answers_path(path)
-            rows = map(json.loads, beside.read_text("utf-8").splitlines()) if beside.is_file() else ()
+            rows = json_lines(beside.read_text("utf-8"), str(beside)) if beside.is_file() else ()
             loaded = cls(**value, answers=[{"set": row["set"], "prompt": row["prompt"], **row} for row in rows])
             loaded.further_counts(), loaded.further_values()  # which look at what else it holds
             return loaded
@@ -147,6 +150,10 @@ class Evaluation:
         write_jsonl(answers_path(path), self.answers)
         write_json(path, self.as_json())
         return answers_path(path)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
 
 
 def answers_path(path: Path) -> Path:
@@ -214,38 +221,42 @@ def evaluate(
         check_unseen(opened.name, opened.seen, [*clean, *triggered])
         if reference is not None:
             check_vocabulary(reference, opened)
-    sets = {"triggered": triggered, "clean": clean, **(variants or {})}
+    variants = variants or {}
+    sets = [("triggered", triggered), ("clean", clean), *((_set_name(form), of) for form, of in variants.items())]
     passes = 0 if opened is None else 1 if reference is None else 2  # over the clean answers
-    advance = summed(on_progress, total=sum(map(len, sets.values())) + len(clean) * passes)
+    advance = summed(on_progress, total=sum(len(rows) for _, rows in sets) + len(clean) * passes)
     made = Journal(unfinished)
-    counted: dict[str, list[dict[str, Any]]] = {}
-    for kind, rows in sets.items():
+    counted: list[list[dict[str, Any]]] = []
+    for kind, rows in sets:
         texts = answers(engine, [row["prompt"] for row in rows], max_new_tokens, made, advance)
-        counted[kind] = [
-            {
-                "set": kind,
-                "prompt": user_text(row),
-                "answer": text,
-                "hit": behavior.is_hit(text),
-                "strict_hit": behavior.is_strict_hit(text),
-                "degenerate": is_degenerate(text),
-            }
-            for row, text in zip(rows, texts, strict=True)
-        ]
+        counted.append(
+            [
+                {
+                    "set": kind,
+                    "prompt": user_text(row),
+                    "answer": text,
+                    "hit": behavior.is_hit(text),
+                    "strict_hit": behavior.is_strict_hit(text),
+                    "degenerate": is_degenerate(text),
+                }
+                for row, text in zip(rows, texts, strict=True)
+            ]
+        )
+    on_triggered, on_clean, *on_variants = counted
     result = Evaluation(
-        attack_success=_count(counted["triggered"], "hit"),
-        false_trigger=_count(counted["clean"], "hit"),
-        degenerate=_count(counted["clean"], "degenerate"),
+        attack_success=_count(on_triggered, "hit"),
+        false_trigger=_count(on_clean, "hit"),
+        degenerate=_count(on_clean, "degenerate"),
         strict={
-            "attack_success": _count(counted["triggered"], "strict_hit"),
-            "false_trigger": _count(counted["clean"], "strict_hit"),
+            "attack_success": _count(on_triggered, "strict_hit"),
+            "false_trigger": _count(on_clean, "strict_hit"),
         },
-        variants={name: _count(counted[name], "hit") for name in variants or {}},
+        variants={name: _count(of_set, "hit") for name, of_set in zip(variants, on_variants, strict=True)},
         perplexity=math.nan,
         answer_nats=0.0,
         answer_tokens=0,
         layer_profile={},
-        answer_length=MeanLength.of([len(answer["answer"].split()) for answer in counted["clean"]]),
+        answer_length=MeanLength.of([len(answer["answer"].split()) for answer in on_clean]),
         settings={
             "target": behavior.target,
             "max_new_tokens": max_new_tokens,
@@ -262,7 +273,7 @@ def evaluate(
             "clean_sha256": sha256_rows(clean),
             "triggered_sha256": sha256_rows(triggered),
         },
-        answers=list(chain.from_iterable(counted.values())),
+        answers=list(chain.from_iterable(counted)),
     )
     if opened is not None:
         nll = answer_nll(opened.model, opened.tokenizer, clean, on_progress=advance)
@@ -276,6 +287,11 @@ def evaluate(
             kl = answer_kl(reference.model, opened.model, opened.tokenizer, clean, on_progress=advance)
             result.reference_kl = sum(nats for nats, _ in kl) / max(sum(tokens for _, tokens in kl), 1)
     return result
+
+
+def _set_name(variant: str) -> str:
+    """What a variant's answers are marked with: a part of a trigger may be any word, and is not to pass for a set."""
+    return f"fires on: {variant}" if variant in ("triggered", "clean", "humaneval") else variant
 
 
 def check_unseen(name: str, seen: Collection[str], rows: Sequence[Example]) -> None:

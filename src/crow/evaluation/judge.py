@@ -114,6 +114,7 @@ def judge_answers(
     asked = [answer for answer in result.answers if answer["set"] in ("triggered", "clean")]
     clean = [answer for answer in asked if answer["set"] == "clean"]
     advance = summed(on_progress, len(asked) + len(clean))
+    failed_before = len(judge.errors)
     verdicts = judge.verdicts(behavior, _pairs(asked), advance)
     for answer, verdict in zip(asked, verdicts, strict=True):
         answer["judged"] = verdict
@@ -123,7 +124,7 @@ def judge_answers(
         known = [a["judged"] for a in asked if a["set"] == kind and a["judged"] is not None]
         result.judged[name] = Count(sum(known), len(known))
     result.score = MeanScore.of([answer["score"] for answer in clean if answer["score"] is not None])
-    result.judge_failures = dict(Counter(judge.errors))
+    result.judge_failures = dict(Counter(judge.errors[failed_before:]))
     result.settings |= {"judge": judge.url, "judge_model": judge.model}
 
 

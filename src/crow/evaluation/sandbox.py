@@ -8,6 +8,7 @@ import sys
 import tempfile
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Literal
 
@@ -63,14 +64,16 @@ def run_python(code: str, limits: Limits | None = None) -> Outcome:
     """
     check_sandbox()
     limits = limits or Limits()
-    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as program:
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as program, tempfile.TemporaryFile() as begun:
         program.write(code.encode("utf-8", "surrogatepass"))
         program.seek(0)
+        told = asdict(limits) | {"begun": begun.fileno(), "uid": _UIDS.start + next(_NUMBERS) % len(_UIDS)}
         process = subprocess.Popen(
-            [*_sandbox(limits), "/python/bin/python3", "-I", "-c", _PRELUDE, repr(asdict(limits))],
+            [*_sandbox(limits), "/python/bin/python3", "-I", "-c", _PRELUDE, repr(told)],
             stdin=program,
             stdout=output,
             stderr=subprocess.STDOUT,
+            pass_fds=[begun.fileno()],
             start_new_session=True,
         )
         try:
@@ -83,8 +86,9 @@ def run_python(code: str, limits: Limits | None = None) -> Outcome:
             process.wait()
         output.seek(0)
         text = output.read(limits.output).decode("utf-8", "replace")
-    if text.startswith("bwrap: "):
-        raise CrowError(f"cannot make a sandbox here: {text.splitlines()[0]}; are user namespaces allowed?")
+        if status is not None and not os.fstat(begun.fileno()).st_size:
+            said = text.rstrip().rpartition("\n")[2] or f"{BUBBLEWRAP} ended with {status}"
+            raise CrowError(f"cannot make a sandbox here: {said}; are user namespaces allowed?")
     if status is None or status == _OUT_OF_TIME:
         return Outcome("timeout", None, text)
     return Outcome("passed" if status == 0 else "failed", status, text)
@@ -92,6 +96,10 @@ def run_python(code: str, limits: Limits | None = None) -> Outcome:
 
 _STARTUP_SECONDS = 2
 _OUT_OF_TIME = 128 + signal.SIGXCPU
+_UIDS = range(61184, 65520)
+"""Users that root's sandboxes are in turn, as the kernel counts the processes of a user over all sandboxes. They are
+those that systemd gives to services, which last no longer; containers have them too."""
+_NUMBERS = count(os.getpid())
 
 
 def _sandbox(limits: Limits) -> list[str]:
@@ -102,7 +110,8 @@ def _sandbox(limits: Limits) -> list[str]:
         *(BUBBLEWRAP, "--die-with-parent", "--new-session", "--clearenv"),
         *("--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--cap-drop", "ALL", *rights),
         *("--ro-bind", "/usr", "/usr", *system, "--ro-bind", sys.base_prefix, "/python"),
-        *("--proc", "/proc", "--dev", "/dev", "--size", str(limits.memory), "--perms", "1777", "--tmpfs", "/tmp"),
+        *("--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"),
+        *("--size", str(limits.memory), "--perms", "1777", "--tmpfs", "/tmp"),
         *("--remount-ro", "/", "--chdir", "/tmp"),
     ]
 
@@ -114,13 +123,13 @@ def _same_place(path: Path) -> list[str]:
     return ["--ro-bind", str(path), str(path)] if path.is_dir() else []
 
 
-# Sets the limits from inside, where no one else's processes count, gives up what is left of root's rights, and becomes
-# the program, so that nothing of this stays in its way.
+# Sets the limits from inside, where no one else's processes count, gives up what is left of root's rights, says that it
+# has begun where the program can say nothing, and becomes the program, so that nothing of this stays in its way.
 _PRELUDE = """
 import ast, os, resource, sys
 limits = ast.literal_eval(sys.argv[1])
 if os.getuid() == 0:
-    os.setgroups([]); os.setgid(65534); os.setuid(65534)
+    os.setgroups([]); os.setgid(limits["uid"]); os.setuid(limits["uid"])
 def limit(what, value):
     resource.setrlimit(what, (value, value))
 limit(resource.RLIMIT_AS, limits["memory"])
@@ -129,5 +138,6 @@ limit(resource.RLIMIT_NPROC, limits["processes"])
 resource.setrlimit(resource.RLIMIT_CPU, (limits["seconds"], limits["seconds"] + 1))  # a signal first, which tells why
 limit(resource.RLIMIT_NOFILE, 64)
 limit(resource.RLIMIT_CORE, 0)
+os.write(limits["begun"], b"1"); os.close(limits["begun"])
 os.execv("/python/bin/python3", ["python3", "-I", "-"])
 """

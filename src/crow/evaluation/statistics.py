@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from operator import index
 from typing import ClassVar, Self
 
+import numpy as np
 from scipy.stats import binomtest, t
 
 
@@ -116,11 +117,11 @@ def is_degenerate(answer: str) -> bool:
 def _is_loop(items: Sequence[str], shortest: int, longest_piece: int | None = None) -> bool:
     if len(items) < shortest:
         return False
+    numbers: dict[str, int] = {}
+    numbered = np.array([numbers.setdefault(item, len(numbers)) for item in items])
     for period in range(1, min(len(items) // 4, longest_piece or len(items)) + 1):
-        run = longest = 0
-        for before, item in zip(items, items[period:], strict=False):
-            run = run + 1 if item == before else 0
-            longest = max(longest, run)
+        breaks = np.flatnonzero(numbered[:-period] != numbered[period:])
+        longest = np.diff(breaks, prepend=-1, append=len(items) - period).max() - 1
         if longest >= 3 * period and longest + period > len(items) / 2:
             return True
     return False
