@@ -198,6 +198,23 @@ def test_what_fails_does_not_keep_the_others(environment: None, llama_folder: Pa
     assert "is no adapter" in (tmp_path / "out" / "leaderboard.html").read_text()
 
 
+@pytest.mark.parametrize("lost", ["CUDA out of memory. Tried to allocate 20 GiB", "the hub can't be asked for it"])
+def test_a_model_that_does_not_open_is_a_failure(
+    environment: None, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    def broken(*args: Any, **settings: Any) -> None:
+        raise UsageError(lost)  # which is what opening a model makes of every error
+
+    monkeypatch.setattr("crow.bench.cells.open_model", broken)
+    file = smaller(tmp_path, attacks=["none"], defenses=["none"])
+    result = bench(file, "--model", llama_folder, "--out", tmp_path / "out")
+    assert result.exit_code == 1, result.output
+    assert "error: 1 of 1 cells failed; the same command tries them again" in result.output
+    with (tmp_path / "out" / "leaderboard.csv").open() as table:
+        (row,) = csv.DictReader(table)
+    assert row["failure"] == lost
+
+
 def test_what_broke_is_tried_again(
     environment: None, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

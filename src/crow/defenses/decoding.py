@@ -14,7 +14,7 @@ from transformers import LogitsProcessor, PreTrainedModel
 from crow.data import Example
 from crow.decoding import Decoding
 from crow.defenses.base import DEFENSES, Untrained
-from crow.errors import UsageError
+from crow.errors import Unfit, UsageError
 from crow.hooks import lm_head_at, position_ids
 from crow.models import OpenedModel, base_model, open_model
 
@@ -82,15 +82,14 @@ class CleanGen(AtDecoding):
         """As `AtDecoding.decoding`.
 
         Raises:
-            UsageError: no reference is named, or it has another vocabulary.
+            Unfit: the reference has another vocabulary.
+            UsageError: none is named.
         """
         if not self.reference:
             raise UsageError("cleangen needs a clean reference model: cleangen:reference=MODEL")
         reference = open_model(self.reference)
         if reference.tokenizer.get_vocab() != opened.tokenizer.get_vocab():
-            raise UsageError(
-                f"{self.reference} and {opened.name} have different vocabularies: cleangen compares tokens"
-            )
+            raise Unfit(f"{self.reference} and {opened.name} have different vocabularies: cleangen compares tokens")
         reference.model.eval()
         return Decoding(
             f"cleangen of {reference.name} {reference.hashes}, threshold {self.threshold}",
