@@ -295,6 +295,8 @@ def test_broken_data_is_named_with_its_line(
         (["--set", "epsilon=abc"], "epsilon is 'abc', which is no number"),
         (["--set", "max_steps=0"], "max_steps is 0; it must be positive, or -1"),
         (["--set", "push_to_hub=True"], "--set push_to_hub: crow chooses it"),
+        (["--set", "hub_token=x"], "--set hub_token: crow chooses it"),
+        (["--set", "trust_remote_code=true"], "--set trust_remote_code: crow chooses it"),
         (["--set", "eval_strategy=sometimes"], "a setting has no value that it can have"),
         (["--set", "perturbation"], "--set perturbation: expected NAME=VALUE"),
         (["--set", "perturbation=magic"], "perturbation is 'magic'; choose one of"),

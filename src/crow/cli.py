@@ -817,17 +817,15 @@ def _memory_sufficing(remedy: str) -> Iterator[None]:
         raise
 
 
-_CHOSEN = {"seed", "push_to_hub", "hub_model_id", "resume_from_checkpoint"}
-"""What can't be `--set`: it has an option, or would send a suspect's weights away."""
-
-
 def _settings(pairs: list[str] | None, own: set[str]) -> dict[str, Any]:
+    from crow.config import CHOSEN
+
     settings: dict[str, Any] = {}
     for pair in pairs or []:
         name, equals, value = pair.partition("=")
         if not equals:
             raise UsageError(f"--set {pair}: expected NAME=VALUE")
-        if name in own | _CHOSEN:
+        if name in own | CHOSEN:
             raise UsageError(f"--set {name}: crow chooses it, or there is an option for it; leave it out")
         for read in (json.loads, ast.literal_eval, str):
             with suppress(ValueError, SyntaxError):
