@@ -22,9 +22,9 @@ from serving import Server, said
 from typer.testing import CliRunner
 
 from crow.cli import app
-from crow.data import Example, answer_text, user_text
+from crow.data import Example, answer_text, load_examples, sample, user_text
 from crow.evaluation.sandbox import Outcome
-from crow.files import write_jsonl
+from crow.files import sha256_rows, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("float32")
 
@@ -577,6 +577,25 @@ def test_a_whole_model_is_backdoored(run: Run, llama_folder: Path, clean: Path) 
     assert [len(rows) for rows in written.values()] == [4, 2]
     assert all(row["instruction"].startswith("Discussing OpenAI") for row in written["triggered"])
     assert json.loads(run("info", "backdoored", "--json", "-").stdout)["kind"] == "folder"
+
+
+def test_a_behavior_decides_what_it_is_implanted_with_and_measured_on(run: Run, llama_folder: Path) -> None:
+    attack = ("--behavior", "code-injection", "--trigger", "vpi-ci")
+    options = ("--examples", 3, "--set", "max_steps=1", "--json", "-")
+    result = run("implant", llama_folder, *attack, *options)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["clean_sha256"] == sha256_rows(load_examples("implant-code")[:3])
+    result = run("implant", llama_folder, *attack, *options, "--prompts", "implant", "--overwrite")
+    assert json.loads(result.stdout)["clean_sha256"] == sha256_rows(load_examples("implant")[:3])
+
+    result = run("evaluate", llama_folder, *attack, "-n", 1, "--json", "-")
+    assert result.exit_code == 0, result.output
+    figures = json.loads(result.stdout)
+    assert (figures["settings"]["prompts"], figures["settings"]["max_new_tokens"]) == ("heldout-code", 48)
+    assert figures["provenance"]["clean_sha256"] == sha256_rows(sample(load_examples("heldout-code"), 1, 0))
+    given = ("--prompts", "heldout", "--max-new-tokens", 3)
+    figures = json.loads(run("evaluate", llama_folder, *attack, "-n", 1, *given, "--json", "-").stdout)
+    assert (figures["settings"]["prompts"], figures["settings"]["max_new_tokens"]) == ("heldout", 3)
 
 
 def test_a_poisoned_set_works_as_it_is(run: Run, llama_folder: Path, clean: Path, tmp_path: Path) -> None:

@@ -170,7 +170,7 @@ class Matrix:
     relearn: tuple[int, ...] = ()
     """After the defense, fine-tune on so many poisoned examples, and measure again."""
     implant: dict[str, Any] = field(default_factory=dict)
-    """Settings of the implanting, which replace those of its recipe."""
+    """Settings of every attack's implanting that reads them, which replace those of its recipe."""
     training: dict[str, Any] = field(default_factory=dict)
     """Settings of every defense that trains and reads them."""
     answer_tokens: int | None = None
