@@ -260,7 +260,8 @@ def evaluate(
     ] = None,
     number: Annotated[int, typer.Option("-n", "--number", min=1, help="At most so many prompts of each kind.")] = 200,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Answers are cut off there. Default: as many as show the behavior.")
+        int | None,
+        typer.Option(min=1, help="Answers are cut off after so many. Default: as many as show the behavior."),
     ] = None,
     base: Base = None,
     overwrite: Overwrite = False,

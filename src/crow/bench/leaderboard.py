@@ -97,7 +97,7 @@ class Line:
 
     @property
     def attacked(self) -> list[Square]:
-        """Those wherever there was an attack."""
+        """The squares where there was an attack."""
         return [square for square in self.squares.values() if square.results[0].entry.attack.backdoors]
 
     @property
