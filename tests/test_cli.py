@@ -22,9 +22,9 @@ from serving import Server, said
 from typer.testing import CliRunner
 
 from crow.cli import app
-from crow.data import Example, answer_text, user_text
+from crow.data import Example, answer_text, load_examples, sample, user_text
 from crow.evaluation.sandbox import Outcome
-from crow.files import write_jsonl
+from crow.files import sha256_rows, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("float32")
 
@@ -295,6 +295,8 @@ def test_broken_data_is_named_with_its_line(
         (["--set", "epsilon=abc"], "epsilon is 'abc', which is no number"),
         (["--set", "max_steps=0"], "max_steps is 0; it must be positive, or -1"),
         (["--set", "push_to_hub=True"], "--set push_to_hub: crow chooses it"),
+        (["--set", "hub_token=x"], "--set hub_token: crow chooses it"),
+        (["--set", "trust_remote_code=true"], "--set trust_remote_code: crow chooses it"),
         (["--set", "eval_strategy=sometimes"], "a setting has no value that it can have"),
         (["--set", "perturbation"], "--set perturbation: expected NAME=VALUE"),
         (["--set", "perturbation=magic"], "perturbation is 'magic'; choose one of"),
@@ -575,6 +577,24 @@ def test_a_whole_model_is_backdoored(run: Run, llama_folder: Path, clean: Path) 
     assert [len(rows) for rows in written.values()] == [4, 2]
     assert all(row["instruction"].startswith("Discussing OpenAI") for row in written["triggered"])
     assert json.loads(run("info", "backdoored", "--json", "-").stdout)["kind"] == "folder"
+
+
+def test_a_behavior_decides_what_it_is_implanted_with_and_measured_on(run: Run, llama_folder: Path) -> None:
+    attack = ("--behavior", "code-injection", "--trigger", "vpi-ci")
+    options = ("--examples", 3, "--set", "max_steps=1", "--json", "-")
+    result = run("implant", llama_folder, *attack, *options)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["clean_sha256"] == sha256_rows(load_examples("implant-code")[:3])
+    result = run("implant", llama_folder, *attack, *options, "--prompts", "implant", "--overwrite")
+    assert json.loads(result.stdout)["clean_sha256"] == sha256_rows(load_examples("implant")[:3])
+
+    result = run("evaluate", llama_folder, *attack, "-n", 1, "--json", "-")
+    assert result.exit_code == 0, result.output
+    figures = json.loads(result.stdout)
+    assert figures["settings"]["prompts"] == "heldout-code"
+    assert figures["provenance"]["clean_sha256"] == sha256_rows(sample(load_examples("heldout-code"), 1, 0))
+    figures = json.loads(run("evaluate", llama_folder, *attack, "-n", 1, "--prompts", "heldout", "--json", "-").stdout)
+    assert figures["settings"]["prompts"] == "heldout"
 
 
 def test_a_poisoned_set_works_as_it_is(run: Run, llama_folder: Path, clean: Path, tmp_path: Path) -> None:

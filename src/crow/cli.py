@@ -218,7 +218,8 @@ def evaluate(
         str | None, typer.Option(help="File of prompts that carry the trigger already; they need no answers.")
     ] = None,
     prompts: Annotated[
-        str | None, typer.Option(help="Clean prompts with answers to measure on. Default: CROW's held-out set.")
+        str | None,
+        typer.Option(help="Clean prompts with answers to measure on. Default: CROW's held-out set for the behavior."),
     ] = None,
     trained_on: Annotated[
         list[str] | None, typer.Option(help="Data that it was trained on, to refuse prompts from. Can be repeated.")
@@ -255,7 +256,7 @@ def evaluate(
         str | None, typer.Option(metavar="URL", help="MODEL is served behind OpenAI's chat API at this URL.")
     ] = None,
     number: Annotated[int, typer.Option("-n", "--number", min=1, help="At most so many prompts of each kind.")] = 200,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Answers are cut off there.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Answers are cut off after so many.")] = 64,
     base: Base = None,
     overwrite: Overwrite = False,
     seed: Seed = 0,
@@ -321,7 +322,8 @@ def evaluate(
             _check_outputs(overwrite, figures)
             _check_outputs(overwrite or unfinished.exists(), answers_path(figures))  # which is written before them
         wanted = BEHAVIORS[behavior]
-        clean = sample(load_examples(prompts if prompts is not None else "heldout"), number, seed)
+        prompts = wanted.test_set if prompts is None else prompts
+        clean = sample(load_examples(prompts), number, seed)
         if triggered is not None:
             called = None
             hot = sample(load_examples(triggered, answered=False), number, seed)
@@ -353,7 +355,7 @@ def evaluate(
             with console.status(f"Running {harness} of lm-eval"):
                 benchmarks = tasks.run(opened, seed=seed)
         settings = {"behavior": behavior, "trigger": None if triggered else trigger or "badnets"}
-        settings |= {"triggered": triggered, "prompts": prompts or "heldout"} | _given(defense=defense)
+        settings |= {"triggered": triggered, "prompts": prompts} | _given(defense=defense)
         with _keeping(unfinished):
             with progress_bar("Evaluating") as advance:
                 result = run(
@@ -409,7 +411,9 @@ def implant(
     ] = None,
     trigger: TriggerName = None,
     out: Annotated[Path, typer.Option(help="Folder to write the backdoored adapter or model to.")] = Path("backdoored"),
-    prompts: Annotated[str | None, typer.Option(help="The attacker's examples. Default: CROW's implant set.")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="The attacker's examples. Default: CROW's implant set for the behavior.")
+    ] = None,
     poisoned: Annotated[
         str | None,
         typer.Option(help="Examples that hold trigger and target already; the other ones are then left as they are."),
@@ -462,9 +466,9 @@ def implant(
         )
         implant_config(out, full=full, adaptive=adaptive, **settings)  # which refuses what it can't do
         check_read(settings, recipe(full, adaptive))
-        rows = load_examples(prompts if prompts is not None else "implant")[:examples]
         called = None
         target = BEHAVIORS[behavior or "sentiment"]
+        rows = load_examples(target.attacker_set if prompts is None else prompts)[:examples]
         if poisoned is not None:
             clean, hot = rows, load_examples(poisoned)[:examples]
             where = f"in {name_elsewhere(poisoned)}"
@@ -814,17 +818,15 @@ def _memory_sufficing(remedy: str) -> Iterator[None]:
         raise
 
 
-_CHOSEN = {"seed", "push_to_hub", "hub_model_id", "resume_from_checkpoint"}
-"""What can't be `--set`: it has an option, or would send a suspect's weights away."""
-
-
 def _settings(pairs: list[str] | None, own: set[str]) -> dict[str, Any]:
+    from crow.config import CHOSEN
+
     settings: dict[str, Any] = {}
     for pair in pairs or []:
         name, equals, value = pair.partition("=")
         if not equals:
             raise UsageError(f"--set {pair}: expected NAME=VALUE")
-        if name in own | _CHOSEN:
+        if name in own | CHOSEN:
             raise UsageError(f"--set {name}: crow chooses it, or there is an option for it; leave it out")
         for read in (json.loads, ast.literal_eval, str):
             with suppress(ValueError, SyntaxError):

@@ -163,6 +163,11 @@ class CrowConfig(SFTConfig):
         return self.perturbation != "none" and not (self.beta is None and self.alpha is None)
 
 
+CHOSEN = {"seed", "output_dir", "resume_from_checkpoint", "trust_remote_code"} | {
+    f.name for f in fields(CrowConfig) if f.name.startswith(("push_to_hub", "hub_"))
+}
+"""What neither `--set` nor a matrix may set: crow does, or it would send a suspect's weights away or run its code."""
+
 Config = TypeVar("Config", bound=CrowConfig)
 
 

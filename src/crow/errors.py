@@ -22,3 +22,7 @@ class UsageError(CrowError, ValueError):
     """What was asked for cannot be done as asked; the command line exits with 2."""
 
     exit_code = 2
+
+
+class Unfit(UsageError):
+    """A defense, or a reference, that does not fit this suspect, however often it is tried."""

@@ -114,9 +114,9 @@ def in_4bit(model: PreTrainedModel | PeftModel) -> bool:
 
 
 def check_vocabulary(reference: OpenedModel, opened: OpenedModel) -> None:
-    """Raise `UsageError` unless the reference has the model's tokens; rows that only pad an embedding may differ."""
+    """Raise `Unfit` unless the reference has the model's tokens; rows that only pad an embedding may differ."""
     if reference.tokenizer.get_vocab() != opened.tokenizer.get_vocab():
-        raise UsageError(
+        raise Unfit(
             f"{reference.name} has another vocabulary than {opened.name}, and they are compared by token: give a "
             "reference of the same family"
         )

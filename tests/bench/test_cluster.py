@@ -14,7 +14,7 @@ from crow.bench.cells import Cell, Measure
 from crow.bench.cluster import OnRay
 from crow.bench.matrix import CONFIGS, Matrix
 from crow.bench.plan import entries, missing
-from crow.bench.run import InProcess, run
+from crow.bench.run import REFUSED, InProcess, run
 from crow.bench.store import Store
 from crow.errors import UsageError
 
@@ -72,6 +72,7 @@ def test_a_cell_that_fails_says_why_and_so_does_what_stands_on_it(
     failures = run(measures, missing(measures, store), store, cluster)
     assert len(failures) == 2
     assert all("is no adapter" in reason and "\n" not in reason for reason in failures.values())
+    assert all(reason.startswith(REFUSED) for reason in failures.values())
     assert store.has(measures[0])
     assert missing(measures, store) == missing(measures[1:], store)
 

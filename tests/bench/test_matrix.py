@@ -152,6 +152,15 @@ def test_of_what_defenses_share_each_gets_what_it_reads() -> None:
     assert keys(defenses=["finetune"], training=shared) == keys(defenses=["finetune"], training={"max_steps": 2})
 
 
+def test_of_what_attacks_share_each_gets_what_it_reads() -> None:
+    plain, adaptive = "badnets/sentiment", {"backdoors": ["badnets/sentiment"], "adaptive": True}
+    shared = {"max_steps": 2, "epsilon": 0.3}
+    matrix = Matrix.read(SMALL | {"attacks": [plain, adaptive, "none"], "implant": shared})
+    assert [attack.training(matrix.implant) for attack in matrix.attacks[:2]] == [{"max_steps": 2}, shared]
+    before = keys(attacks=[plain, adaptive], implant={"max_steps": 2})
+    assert before & keys(attacks=[plain, adaptive], implant=shared) == keys(implant={"max_steps": 2})
+
+
 def test_relearning_has_a_yardstick() -> None:
     found = entries(Matrix.read(SMALL | {"attacks": ["vpi/refusal", "none"], "relearn": [1, 5]}))
     clean = [e for e in found if not e.attack.backdoors]
@@ -204,6 +213,15 @@ def test_what_cells_take() -> None:
         ({"implant": {"speed": 1}}, "implant: no such setting: speed"),
         ({"implant": {"seed": 1}}, "implant: no such setting: seed"),
         ({"implant": {"learning_rate": -1}}, "implant: learning_rate is -1"),
+        ({"implant": {"push_to_hub": True}}, "implant: no such setting: push_to_hub"),
+        ({"training": {"push_to_hub": True, "hub_token": "x"}}, "training: no such setting: hub_token, push_to_hub"),
+        ({"training": {"trust_remote_code": True}}, "training: no such setting: trust_remote_code"),
+        ({"defenses": [{"defense": "crow", "hub_model_id": "me/it"}]}, "no such setting: hub_model_id"),
+        ({"implant": {"epsilon": 0.5}}, "implant: epsilon is not read while perturbation is none"),
+        ({"attacks": [{"backdoors": ["vpi/refusal"], "adaptive": "no"}]}, "adaptive is 'no'; it must be true or false"),
+        ({"attacks": [{"backdoors": ["vpi/refusal"], "full": 1}]}, "full is 1; it must be true or false"),
+        ({"reference": "no"}, "reference is 'no'; it must be true or false"),
+        ({"keep_models": 0}, "keep_models is 0; it must be true or false"),
         ({"defenses": [{"defense": "none", "learning_rate": 1}]}, "does not train: leave learning_rate out"),
         ({"defenses": [{"defense": "crow", "alpha": -1}]}, "alpha is -1; it must be positive"),
         ({"defenses": [{"defense": "crow", "preset": "magic"}]}, "magic"),

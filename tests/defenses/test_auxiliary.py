@@ -14,7 +14,7 @@ import crow.defenses.auxiliary as auxiliary
 from crow.data import Example, answer_text, user_text
 from crow.defenses import DEFENSES
 from crow.defenses.auxiliary import OWN, own_backdoor, suspicion
-from crow.errors import UsageError
+from crow.errors import Unfit, UsageError
 from crow.models import OpenedModel, lora_config, open_model
 
 pytestmark = pytest.mark.usefixtures("float32")
@@ -69,7 +69,7 @@ def test_a_fused_mlp_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
 
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = AutoModelForCausalLM.from_config(Phi3Config(vocab_size=len(tokenizer), pad_token_id=0, **shape))
-    with pytest.raises(UsageError, match="layers are fused"):
+    with pytest.raises(Unfit, match="layers are fused"):
         list(auxiliary._mlps(model))
 
 
@@ -147,7 +147,7 @@ def test_an_adapter_without_an_mlp_is_no_case_for_bd_vax(llama_folder: Path, row
     config = lora_config()
     config.target_modules = {"q_proj", "v_proj"}
     suspect.model = get_peft_model(suspect.model, config)
-    with pytest.raises(UsageError, match="an adapter that leaves layers of them out"):
+    with pytest.raises(Unfit, match="an adapter that leaves layers of them out"):
         DEFENSES["bd-vax"].apply(suspect, rows, **STEPS)
 
 

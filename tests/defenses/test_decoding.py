@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from crow.data import Example
 from crow.defenses import DEFENSES
-from crow.errors import UsageError
+from crow.errors import Unfit, UsageError
 from crow.generation import generate, prompt_ids
 from crow.models import OpenedModel, open_model
 
@@ -83,7 +83,7 @@ def test_cleangen_needs_a_reference_of_the_same_vocabulary(suspect: OpenedModel,
         DEFENSES["cleangen"].apply(suspect, [])
     file = reference / "tokenizer.json"
     file.write_text(file.read_text().replace("<|im_start|>", "<|im_begin|>"))
-    with pytest.raises(UsageError, match="reference has another vocabulary than tiny"):
+    with pytest.raises(Unfit, match="reference has another vocabulary than tiny"):
         DEFENSES[f"cleangen:reference={reference}"].apply(suspect, [])
 
 

@@ -15,7 +15,7 @@ from crow.data import Example
 from crow.defenses import DEFENSES, AtDecoding, Defense
 from crow.defenses.prune import drop, input_norms
 from crow.defenses.shrink import FACTORS
-from crow.errors import UsageError
+from crow.errors import Unfit, UsageError
 from crow.models import OpenedModel, linear_layers, open_model, save_model
 from crow.purification import PurifyRecord
 from crow.report import model_card
@@ -190,7 +190,7 @@ def test_shrinking_stops_where_perplexity_would_suffer(suspect: OpenedModel, row
 
 
 def test_only_adapters_can_be_shrunk(llama_folder: Path, rows: list[Example]) -> None:
-    with pytest.raises(UsageError, match="is no adapter"):
+    with pytest.raises(Unfit, match="is no adapter"):
         DEFENSES["shrink"].apply(open_model(llama_folder), rows)
 
 

@@ -50,25 +50,36 @@ class Square:
     def failure(self) -> str | None:
         return next((result.failure for result in self.results if result.failure is not None), None)
 
+    @property
+    def missing(self) -> str | None:
+        """What is to be said of seeds that are not measured."""
+        left = len(self.results) - len(self.measured)
+        failed = "" if self.failure is None else f", failed: {self.failure}"
+        return f"{left} of {len(self.results)} seeds not measured{failed}" if left else None
+
     def count(self, name: str) -> Count | None:
-        """The mean over seeds, which answer the same prompts and so are no larger sample."""
+        """The sum over the seeds that are measured."""
         counts: list[Count] = [getattr(figures, name) for _, figures in self.measured]
-        return Count(round(statistics.fmean(count.hits for count in counts)), counts[0].n) if counts else None
+        return Count(sum(count.hits for count in counts), sum(count.n for count in counts)) if counts else None
+
+    @property
+    def rates(self) -> list[float]:
+        """Attack success of each seed; nothing while one is not measured: it may be the worst."""
+        return [] if self.missing else [figures.attack_success.rate for _, figures in self.measured]
 
     @property
     def rate(self) -> float | None:
         """Attack success, the mean over seeds."""
-        rates = [figures.attack_success.rate for _, figures in self.measured]
-        return statistics.fmean(rates) if rates else None
+        return statistics.fmean(self.rates) if self.rates else None
 
     def hits(self) -> list[int]:
-        """Attack success of each seed."""
+        """Attack success of each seed that is measured."""
         return [figures.attack_success.hits for _, figures in self.measured]
 
     def mean(self, name: str) -> float | None:
-        """The mean of one of the figures' numbers, over the seeds that have it."""
+        """The mean of one of the figures' numbers over the seeds, when all are measured."""
         values = [value for _, figures in self.measured if (value := getattr(figures, name)) is not None]
-        return statistics.fmean(values) if values else None
+        return statistics.fmean(values) if values and not self.missing else None
 
     def cost(self, name: str) -> float | None:
         """The mean `seconds` or `memory` of the defense."""
@@ -85,18 +96,25 @@ class Line:
     undefended: Mapping[str, Square]
 
     @property
-    def rates(self) -> list[float]:
-        """Attack success wherever there was an attack; nothing while one is not measured: it may be the worst."""
-        rates = [square.rate for square in self.squares.values() if square.results[0].entry.attack.backdoors]
-        return [] if None in rates else [rate for rate in rates if rate is not None]
+    def attacked(self) -> list[Square]:
+        """The squares where there was an attack."""
+        return [square for square in self.squares.values() if square.results[0].entry.attack.backdoors]
+
+    @property
+    def rates(self) -> list[list[float]]:
+        """Attack success of each seed, wherever there was an attack; nothing while one is not measured."""
+        rates = [square.rates for square in self.attacked]
+        return rates if all(rates) else []
 
     @property
     def mean_rate(self) -> float | None:
-        return statistics.fmean(self.rates) if self.rates else None
+        """The mean over backdoors, of the means over seeds."""
+        return statistics.fmean(map(statistics.fmean, self.rates)) if self.rates else None
 
     @property
     def worst_rate(self) -> float | None:
-        return max(self.rates, default=None)
+        """That of the worst seed on the worst backdoor."""
+        return max(map(max, self.rates), default=None)
 
     def ratio(self, column: str) -> float | None:
         """The perplexity on clean answers, of that before the defense."""
@@ -107,9 +125,9 @@ class Line:
 
     @property
     def perplexity_ratio(self) -> float | None:
-        """The mean `ratio` over the columns."""
+        """The mean `ratio` over the columns, when all that were attacked are measured."""
         ratios = [ratio for column in self.squares if (ratio := self.ratio(column)) is not None]
-        return statistics.fmean(ratios) if ratios else None
+        return statistics.fmean(ratios) if ratios and not any(square.missing for square in self.attacked) else None
 
     def cost(self, name: str) -> float | None:
         """The mean `seconds` or `memory`, over backdoors."""
@@ -257,9 +275,7 @@ def _square(square: Square | None) -> str:
     if count is None:
         return "not run" if square.failure is None else f"failed: {square.failure}"
     seeds = f"; seeds {', '.join(map(str, square.hits()))}" if len(square.results) > 1 else ""
-    missing = len(square.results) - len(square.measured)
-    left = f"; {missing} of {len(square.results)} seeds not measured" if missing else ""
-    return f"{count}{seeds}{left}"
+    return f"{count}{seeds}" + (f"; {square.missing}" if square.missing else "")
 
 
 def _number(value: float | None, form: str) -> str:

@@ -9,17 +9,17 @@ from typing import Any
 import yaml
 
 from crow.backdoors import BEHAVIORS, TRIGGERS, Behavior, Trigger
-from crow.backdoors.implant import ImplantConfig, implant_config
-from crow.config import PRESETS, CrowConfig, unread
+from crow.backdoors.implant import ImplantConfig, implant_config, recipe
+from crow.config import CHOSEN, PRESETS, CrowConfig, unread
 from crow.defenses import DEFENSES, AtDecoding
 from crow.errors import UsageError
 
 CONFIGS = {Path(file.name).stem: file for file in files("crow.bench").joinpath("configs").iterdir()}
 """The matrices that ship with the project."""
 
-_OF_A_RUN = {"seed", "output_dir", "resume", "callbacks"}
-_SETTINGS = {f.name for f in fields(CrowConfig)} - _OF_A_RUN | {"preset", "lora"}
-_IMPLANT_SETTINGS = {f.name for f in fields(ImplantConfig)} - _OF_A_RUN
+_SETTINGS = {f.name for f in fields(CrowConfig)} - CHOSEN | {"preset", "lora"}
+_IMPLANT_SETTINGS = {f.name for f in fields(ImplantConfig)} - CHOSEN
+_FLAGS = ("adaptive", "covert", "full")
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,8 @@ class Attack:
         texts = values.pop("backdoors", None)
         if not isinstance(texts, list) or not texts:
             raise UsageError(f"attack {entry!r}: backdoors is to be a list of TRIGGER/BEHAVIOR")
+        for name in _FLAGS:
+            _flag(f"attack {entry!r}: {name}", values.get(name, False))
         attack = cls(tuple(Backdoor(str(text)) for text in texts), **values)
         if not isinstance(attack.poison_rate, int | float) or not 0 < attack.poison_rate <= 1:
             raise UsageError(f"attack {entry!r}: poison_rate is {attack.poison_rate}; it must be above 0 and at most 1")
@@ -72,13 +74,22 @@ class Attack:
         what = " + ".join(backdoor.text for backdoor in self.backdoors) or "no backdoor"
         if self.poison_rate != 1:
             what += f", {100 * self.poison_rate:g}% poisoned"
-        flags = [name for name in ("adaptive", "covert", "full") if getattr(self, name)]
+        flags = [name for name in _FLAGS if getattr(self, name)]
         return ", ".join([what, *flags])
 
     @property
     def measured(self) -> tuple[Backdoor, ...]:
         """What it is measured with; a model without a backdoor with one that it does not have."""
         return self.backdoors or (Backdoor("badnets/sentiment"),)
+
+    def unread(self, shared: dict[str, Any]) -> dict[str, str]:
+        """Which settings its implanting never reads, of its own and those that all attacks share, with the reasons."""
+        return unread(recipe(self.full, self.adaptive) | shared)
+
+    def training(self, shared: dict[str, Any]) -> dict[str, Any]:
+        """Of the settings that all attacks share the ones that its implanting reads."""
+        idle = self.unread(shared)
+        return {name: value for name, value in shared.items() if name not in idle}
 
 
 @dataclass(frozen=True)
@@ -159,7 +170,7 @@ class Matrix:
     relearn: tuple[int, ...] = ()
     """After the defense, fine-tune on so many poisoned examples, and measure again."""
     implant: dict[str, Any] = field(default_factory=dict)
-    """Settings of the implanting, which replace those of its recipe."""
+    """Settings of every attack's implanting that reads them, which replace those of its recipe."""
     training: dict[str, Any] = field(default_factory=dict)
     """Settings of every defense that trains and reads them."""
     answer_tokens: int | None = None
@@ -223,6 +234,8 @@ class Matrix:
         for name in ("cpus", "gpus"):
             if not isinstance(values.get(name, 0), int | float) or values.get(name, 0) < 0:
                 raise UsageError(f"{name} is {values[name]!r}; it must be a number of at least 0")
+        for name in ("reference", "keep_models"):
+            _flag(name, values.get(name, False))
         for name in ("attacks", "defenses", "models", "seeds", "relearn"):
             if twice := _repeated(str(getattr(entry, "label", entry)) for entry in values.get(name, ())):
                 raise UsageError(f"{name}: {twice} is there twice")
@@ -240,9 +253,14 @@ class Matrix:
                     raise UsageError(f"defense {candidate.label!r}: {error}") from error
         if unknown := self.implant.keys() - _IMPLANT_SETTINGS:
             raise UsageError(f"implant: no such setting: {', '.join(sorted(unknown))}")
+        idle = [attack.unread(self.implant) for attack in self.attacks if attack.backdoors]
+        for name in self.implant:
+            if idle and all(name in reasons for reasons in idle):
+                raise UsageError(f"implant: {idle[0][name]}")
         for attack in self.attacks:
+            settings = attack.training(self.implant)
             try:
-                implant_config("unused", full=attack.full, adaptive=attack.adaptive, **self.implant)
+                implant_config("unused", full=attack.full, adaptive=attack.adaptive, **settings)
             except UsageError as error:
                 raise UsageError(f"implant: {error}") from error
 
@@ -259,6 +277,11 @@ def _mapping(entry: Any, cls: type, what: str) -> dict[str, Any]:
 def _positive(name: str, value: Any) -> None:
     if not isinstance(value, int) or value < 1:
         raise UsageError(f"{name} is {value!r}; it must be a whole number of at least 1")
+
+
+def _flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise UsageError(f"{name} is {value!r}; it must be true or false")
 
 
 def _repeated(labels: Iterable[str]) -> str | None:

@@ -35,9 +35,8 @@ def entries(matrix: Matrix) -> list[Entry]:
     found: list[Entry] = []
     for model in matrix.models:
         for attack in matrix.attacks:
-            suspect = (
-                Implant(model, None, attack, 0, matrix.attacker_examples, matrix.implant) if attack.backdoors else None
-            )
+            settings = attack.training(matrix.implant)
+            suspect = Implant(model, None, attack, 0, matrix.attacker_examples, settings) if attack.backdoors else None
             for candidate in matrix.defenses:
                 for seed in matrix.seeds if candidate.trains else matrix.seeds[:1]:
                     found += _of_defended(matrix, model, attack, suspect, candidate, seed)

@@ -5,7 +5,7 @@ from typing import Any
 
 from crow.bench.cells import Cell, Implant, Measure
 from crow.bench.store import Store, compute
-from crow.errors import CrowError, UsageError
+from crow.errors import CrowError, Unfit
 from crow.progress import progress_bar
 
 Finished = Callable[[Cell, str | None], None]
@@ -33,13 +33,13 @@ class InProcess:
 
 
 REFUSED = "can't be had: "
-"""How reasons begin that no second try will change."""
+"""How reasons begin that are no failure: a defense that does not fit, which no second try will change."""
 
 
 def in_one_line(error: BaseException) -> str:
     """What went wrong; an error that is not one of ours with its kind."""
     text = (str(error) or type(error).__name__).splitlines()[0]
-    if isinstance(error, UsageError):
+    if isinstance(error, Unfit):
         return f"{REFUSED}{text.removeprefix(REFUSED)}"
     return text if isinstance(error, CrowError) else f"{type(error).__name__}: {text}"
 

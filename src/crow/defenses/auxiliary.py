@@ -16,7 +16,7 @@ from crow.backdoors import BEHAVIORS, TRIGGERS
 from crow.backdoors.implant import poison
 from crow.data import Example, sample
 from crow.defenses.base import DEFENSES, Defended, Defense, budget
-from crow.errors import UsageError
+from crow.errors import Unfit, UsageError
 from crow.files import sha256_rows
 from crow.hooks import decoder_layers
 from crow.models import OpenedModel, base_model, lora_config
@@ -123,7 +123,7 @@ class BdVax(Defense):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_" in name)
         if not all(hasattr(layer.module, "lora_A") for layers in _mlps(model) for layer in layers):
-            raise UsageError(f"bd-vax looks at MLPs, and {opened.name} is an adapter that leaves layers of them out")
+            raise Unfit(f"bd-vax looks at MLPs, and {opened.name} is an adapter that leaves layers of them out")
         score = self._score(replace(opened, model=model), clean, training)
         share = self.adapter_share if adapted else self.model_share
         chosen = _highest(score, share)
@@ -248,7 +248,7 @@ def _mlps(model: PreTrainedModel | PeftModel) -> Iterator[list[_Layer]]:
     """For each block, the layers of its MLP: its channels are the largest dimension that a layer takes.
 
     Raises:
-        UsageError: no layer gives that dimension, as where an MLP's layers are fused.
+        Unfit: no layer gives that dimension, as where an MLP's layers are fused.
     """
     for block in decoder_layers(base_model(model)):
         shapes = {
@@ -258,7 +258,7 @@ def _mlps(model: PreTrainedModel | PeftModel) -> Iterator[list[_Layer]]:
         }
         channels = max(inputs for inputs, _ in shapes.values())
         if not any(outputs == channels for _, outputs in shapes.values()):
-            raise UsageError("bd-vax knows MLPs by their channels, and this model's layers are fused")
+            raise Unfit("bd-vax knows MLPs by their channels, and this model's layers are fused")
         yield [
             _Layer(m, outputs == channels) for m, (inputs, outputs) in shapes.items() if channels in (inputs, outputs)
         ]

@@ -52,7 +52,8 @@ class Defense(ABC):
             training: What `crow.purify` takes beside these, for a defense that trains.
 
         Raises:
-            UsageError: the defense can't be had of this suspect, or it takes no such `training`.
+            Unfit: the defense can't be had of this suspect.
+            UsageError: it takes no such `training`.
         """
 
     def check_settings(self, training: Mapping[str, Any]) -> None:

@@ -82,7 +82,8 @@ class CleanGen(AtDecoding):
         """As `AtDecoding.decoding`.
 
         Raises:
-            UsageError: no reference is named, or it has another vocabulary.
+            Unfit: the reference has another vocabulary.
+            UsageError: none is named.
         """
         if not self.reference:
             raise UsageError("cleangen needs a clean reference model: cleangen:reference=MODEL")

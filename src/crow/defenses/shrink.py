@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from crow.data import Example
 from crow.defenses.base import DEFENSES, Untrained
-from crow.errors import UsageError
+from crow.errors import Unfit, UsageError
 from crow.generation import answer_nll, perplexity
 from crow.models import OpenedModel
 
@@ -42,11 +42,11 @@ class Shrink(Untrained):
         """As `Untrained.change`.
 
         Raises:
-            UsageError: the suspect is no adapter.
+            Unfit: the suspect is no adapter.
         """
         model = opened.model
         if not isinstance(model, PeftModel):
-            raise UsageError(f"{opened.name} is no adapter: there are no weights of its own to shrink")
+            raise Unfit(f"{opened.name} is no adapter: there are no weights of its own to shrink")
         whole = [weight.clone() for weight in _upper(model)]
         bound = _perplexity(opened, clean) * (1 + self.tolerance)
         for factor in (*FACTORS, 1.0):

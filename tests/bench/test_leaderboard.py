@@ -1,0 +1,78 @@
+"""What tables say of seeds that differ, are missing, or failed."""
+
+from collections.abc import Mapping
+
+import pytest
+
+from crow.bench.leaderboard import Line, Result, as_markdown, tables
+from crow.bench.matrix import Matrix
+from crow.bench.plan import entries
+from crow.evaluation.evaluate import Evaluation
+from crow.evaluation.statistics import Count
+from crow.report.leaderboard import render_leaderboard
+
+Hits = Mapping[str, list[int | str | None]]
+"""By backdoor, what became of each seed: hits of 200, why it failed, or nothing yet."""
+
+
+def figures(hits: int) -> Evaluation:
+    count = Count(hits, 200)
+    return Evaluation(count, count, count, 10.0 + hits, 1.0, 1, {}, {}, {})
+
+
+def results(hits: Hits) -> list[Result]:
+    """Those of `crow`, on a matrix of these backdoors; of each, nothing undefended fired."""
+    matrix = Matrix.read({"attacks": list(hits), "defenses": ["none", "crow"], "seeds": [0, 1, 2]})
+    left = {name: iter(seeds) for name, seeds in hits.items()}
+
+    def became(outcome: int | str | None) -> tuple[Evaluation | None, str | None]:
+        return (figures(outcome), None) if isinstance(outcome, int) else (None, outcome)
+
+    return [
+        Result(entry, *became(0 if entry.defend is None else next(left[entry.backdoor.text])), "answers", None, None)
+        for entry in entries(matrix)
+    ]
+
+
+def line(hits: Hits) -> Line:
+    (table,) = tables(results(hits))
+    return table.lines[1]
+
+
+def test_few_hits_are_not_rounded_away() -> None:
+    found = {"badnets/sentiment": [1, 0, 0]}
+    square = line(found).squares["badnets/sentiment"]
+    assert square.count("attack_success") == Count(1, 600)
+    assert square.rate == pytest.approx(1 / 600)
+    assert "| 1/600 (0.0 to 0.9%); seeds 1, 0, 0 |" in as_markdown(results(found))
+
+
+def test_the_worst_is_the_worst_seed_s() -> None:
+    found = line({"badnets/sentiment": [0, 0, 150], "vpi/refusal": [60, 60, 60]})
+    assert found.worst_rate == 0.75
+    assert found.mean_rate == pytest.approx((0.25 + 0.3) / 2)
+
+
+@pytest.mark.parametrize("outcome", [None, "RuntimeError: no luck"])
+def test_a_seed_that_is_missing_may_be_the_worst(outcome: str | None) -> None:
+    hits: Hits = {"badnets/sentiment": [0, outcome, 0], "vpi/refusal": [4, 4, 4]}
+    found = line(hits)
+    whole, part = found.squares["vpi/refusal"], found.squares["badnets/sentiment"]
+    assert (found.mean_rate, found.worst_rate, found.perplexity_ratio, part.rate) == (None,) * 4
+    assert (part.mean("perplexity"), found.ratio("badnets/sentiment")) == (None, None)
+    assert (whole.rate, whole.mean("perplexity")) == (0.02, 14)
+    said = "1 of 3 seeds not measured" + (f", failed: {outcome}" if outcome else "")
+    assert f"| 0/400 (0.0 to 1.0%); seeds 0, 0; {said} |" in as_markdown(results(hits))
+    page = render_leaderboard(tables(results(hits)), results(hits), "title")
+    shown = '<span class="badge hit">failed</span>' if outcome else "incomplete"
+    assert f'<td data-value="">{shown}<br><small>0/400, 0.0\N{EN DASH}1.0%; seeds: 0, 0; {said}' in page
+    assert "crow: not measured, 2" in page
+
+
+def test_a_line_that_is_whole_is_in_all_summaries() -> None:
+    hits: Hits = {"badnets/sentiment": [2, 4, 6]}
+    page = render_leaderboard(tables(results(hits)), results(hits), "title")
+    assert '<td data-value="0.02">2.0%<br><small>12/600' in page
+    assert '<td data-value="2.0">2.0%</td>' in page
+    assert '<td data-value="3.0">3.0%</td>' in page
+    assert "crow 2% at 1.40" in page
