@@ -35,7 +35,7 @@ from transformers.utils import CONFIG_NAME, cached_file
 from yaml import YAMLError
 
 from crow.decoding import Decoding
-from crow.errors import UsageError
+from crow.errors import Unfit, UsageError
 from crow.files import atomic_directory, sha256_file
 from crow.inspection import (
     check_adapter,

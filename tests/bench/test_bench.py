@@ -293,11 +293,11 @@ def test_models_are_kept_if_asked_for(environment: None, llama_folder: Path, tmp
     assert (defended / "model" / "model.safetensors").is_file()
 
 
-def test_seeds_are_shown_each_and_summed(environment: None, llama_folder: Path, tmp_path: Path) -> None:
+def test_seeds_are_shown_each_and_counted_once(environment: None, llama_folder: Path, tmp_path: Path) -> None:
     finetune = {"defense": "finetune", "learning_rate": 0.001}
     file = smaller(tmp_path, attacks=["none"], defenses=[finetune], seeds=[0, 1])
     assert bench(file, "--model", llama_folder, "--out", tmp_path / "out").exit_code == 0
-    assert "| 0/16 (0.0 to 19.4%); seeds 0, 0 |" in (tmp_path / "out" / "leaderboard.md").read_text()
+    assert "| 0/8 (0.0 to 32.4%); seeds 0, 0 |" in (tmp_path / "out" / "leaderboard.md").read_text()
 
 
 def test_backdoors_of_one_model_are_columns_of_their_own(environment: None, llama_folder: Path, tmp_path: Path) -> None:

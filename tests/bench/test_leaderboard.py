@@ -42,9 +42,9 @@ def line(hits: Hits) -> Line:
 def test_few_hits_are_not_rounded_away() -> None:
     found = {"badnets/sentiment": [1, 0, 0]}
     square = line(found).squares["badnets/sentiment"]
-    assert square.count("attack_success") == Count(1, 600)
+    assert square.count("attack_success") == Count(1, 200)
     assert square.rate == pytest.approx(1 / 600)
-    assert "| 1/600 (0.0 to 0.9%); seeds 1, 0, 0 |" in as_markdown(results(found))
+    assert "| 1/200 (0.1 to 2.8%); seeds 1, 0, 0 |" in as_markdown(results(found))
 
 
 def test_the_worst_is_the_worst_seed_s() -> None:
@@ -62,17 +62,17 @@ def test_a_seed_that_is_missing_may_be_the_worst(outcome: str | None) -> None:
     assert (part.mean("perplexity"), found.ratio("badnets/sentiment")) == (None, None)
     assert (whole.rate, whole.mean("perplexity")) == (0.02, 14)
     said = "1 of 3 seeds not measured" + (f", failed: {outcome}" if outcome else "")
-    assert f"| 0/400 (0.0 to 1.0%); seeds 0, 0; {said} |" in as_markdown(results(hits))
+    assert f"| 0/200 (0.0 to 1.9%); seeds 0, 0; {said} |" in as_markdown(results(hits))
     page = render_leaderboard(tables(results(hits)), results(hits), "title")
     shown = '<span class="badge hit">failed</span>' if outcome else "incomplete"
-    assert f'<td data-value="">{shown}<br><small>0/400, 0.0\N{EN DASH}1.0%; seeds: 0, 0; {said}' in page
+    assert f'<td data-value="">{shown}<br><small>0/200, 0.0\N{EN DASH}1.9%; seeds: 0, 0; {said}' in page
     assert "crow: not measured, 2" in page
 
 
 def test_a_line_that_is_whole_is_in_all_summaries() -> None:
     hits: Hits = {"badnets/sentiment": [2, 4, 6]}
     page = render_leaderboard(tables(results(hits)), results(hits), "title")
-    assert '<td data-value="0.02">2.0%<br><small>12/600' in page
+    assert '<td data-value="0.02">2.0%<br><small>4/200' in page
     assert '<td data-value="2.0">2.0%</td>' in page
     assert '<td data-value="3.0">3.0%</td>' in page
     assert "crow 2% at 1.40" in page

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -58,9 +59,9 @@ class Square:
         return f"{left} of {len(self.results)} seeds not measured{failed}" if left else None
 
     def count(self, name: str) -> Count | None:
-        """The sum over the seeds that are measured."""
+        """The mean over the seeds that are measured, rounded up: on the same prompts, they are no larger sample."""
         counts: list[Count] = [getattr(figures, name) for _, figures in self.measured]
-        return Count(sum(count.hits for count in counts), sum(count.n for count in counts)) if counts else None
+        return Count(math.ceil(statistics.fmean(count.hits for count in counts)), counts[0].n) if counts else None
 
     @property
     def rates(self) -> list[float]:
