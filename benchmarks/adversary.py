@@ -23,9 +23,9 @@ ADVERSARIES: dict[str, dict[str, Any]] = {
     "soft tokens on the divergence": {
         "trigger_guesses": 0,
         "soft_token_pool": 8,
-        "soft_token_objective": "divergence",
+        "ascend_on": "divergence",
     },
-    "soft tokens on an answer": {"trigger_guesses": 0, "soft_token_pool": 8, "soft_token_objective": "answer"},
+    "soft tokens on an answer": {"trigger_guesses": 0, "soft_token_pool": 8},
     "guessed triggers": {"trigger_guesses": 8, "soft_token_pool": 0},
 }
 

@@ -81,8 +81,8 @@ def test_what_precedes_the_steps_is_counted(llama_folder: Path) -> None:
     def warm(**settings: Any) -> int:
         return before(**settings) - recorded
 
-    diverging = warm(soft_token_objective="divergence", trigger_guesses=0)
-    assert warm(soft_token_objective="both") == diverging + warm(soft_token_objective="answer") > diverging
+    diverging = warm(ascend_on="divergence")
+    assert 0 < warm() < diverging  # the answer aimed at is shorter
     assert warm(soft_token_warmup=40) == 2 * warm()
     # Four rows of 64 tokens and 8 inserted, forward and back; an example of 64, forward
     assert diverging / 20 / 4 == pytest.approx(2 * recorded / 100 * (64 + 8) / 64, rel=0.15)
@@ -94,8 +94,8 @@ def test_a_step_that_ascends_less_often_is_less_work(llama_folder: Path) -> None
     def step(**settings: Any) -> int:
         return planned(llama_folder, preset="default", **settings).step_flops
 
-    unaimed = step(soft_token_objective="divergence", trigger_guesses=0)
-    assert unaimed < step(ascend_every=3) < step() == step(soft_token_objective="divergence")
+    unaimed = step(ascend_on="divergence")
+    assert unaimed < step(ascend_every=3) < step()
     assert step(ascend_every=3) - unaimed == pytest.approx((step() - unaimed) / 3)
 
 

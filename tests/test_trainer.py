@@ -20,7 +20,7 @@ from trl import SFTConfig, SFTTrainer
 
 import crow.trainer
 from crow.config import PRESETS, CrowConfig
-from crow.constancy import ConstantAnswer
+from crow.constancy import STANDING_OUT, ConstantAnswer
 from crow.data import Example, answer_text, to_dataset, user_text
 from crow.errors import CrowError, UsageError
 from crow.hooks import Recording
@@ -43,9 +43,9 @@ BASIC: dict[str, Any] = {
 }
 PAPER = PRESETS["paper"]
 FINETUNE = PRESETS["finetune"]
-SOFT: dict[str, Any] = {"trigger_guesses": 0, "soft_token_pool": 8, "soft_token_objective": "divergence"}
+SOFT: dict[str, Any] = {"trigger_guesses": 0, "soft_token_pool": 8, "ascend_on": "divergence"}
 ONE_SOFT = SOFT | {"soft_token_pool": 1}
-ONE_AIMED = ONE_SOFT | {"soft_token_objective": "answer"}
+ONE_AIMED = ONE_SOFT | {"ascend_on": "answer"}
 ONE_GUESS: dict[str, Any] = {"trigger_guesses": 1, "soft_token_pool": 0}
 
 
@@ -56,6 +56,12 @@ def _quick_garbage_collection() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def _any_answer_stands_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of random weights gives none that does."""
+    monkeypatch.setattr(crow.trainer, "STANDING_OUT", 0.0)
 
 
 class Spy(TrainerCallback):
@@ -381,7 +387,7 @@ def pinned(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 )
 def test_defaults_step_is_as_documented(make: Any, pinned: list[Tensor], objective: str, alpha: float | None) -> None:
     suspect = Slow(make().model)  # before the model is changed at the start of training
-    start = make(**ONE_SOFT).diverging.tokens.detach()[0]
+    start = make(**ONE_SOFT).soft_tokens.tokens.detach()[0]
     gradients, trainer = first_gradients(
         make,
         scatter=True,
@@ -439,7 +445,7 @@ def test_defaults_step_is_as_documented(make: Any, pinned: list[Tensor], objecti
     assert distance(gradients, slow.gradients(loss)) < 1e-3
     # The soft tokens have moved so that the answers diverge more
     with torch.no_grad():
-        moved = terms(trainer.diverging.tokens[0])
+        moved = terms(trainer.soft_tokens.tokens[0])
         assert 1.3 * moved[1] + (alpha or 0) * moved[2] > (loss - clean) * 1.001
 
 
@@ -488,6 +494,26 @@ def test_guesses_and_soft_tokens_are_aimed_at_the_same_answers(make: Any) -> Non
     assert trainer._answer_of == [found[i % number] for i in (0, 1, 0, 1, 2)]
 
 
+@pytest.mark.parametrize(("constancy", "aims"), [(0.7, True), (0.6, False)])
+def test_where_no_answer_stands_out_insertions_ascend_on_the_divergence(
+    make: Any, monkeypatch: pytest.MonkeyPatch, constancy: float, aims: bool
+) -> None:
+    monkeypatch.setattr(crow.trainer, "STANDING_OUT", STANDING_OUT)
+    found = [ConstantAnswer((5, 6), constancy)]
+    monkeypatch.setattr(crow.trainer, "constant_answers", lambda *args, **kwargs: found)
+    settings = {"max_steps": 3, "soft_token_warmup": 2}
+    trainer, diverging = make(**settings), make(**settings, ascend_on="divergence")
+    for each in (trainer, diverging):
+        each.train()
+    assert trainer.constant_answers == found  # told all the same
+    assert ("constant_answers" in logs(trainer)[0]) == bool(trainer.first_guesses) == aims
+    assert sum(len(adversary.tokens) for adversary in trainer._adversaries) == len(diverging.soft_tokens.tokens)
+    if not aims:
+        torch.testing.assert_close(trainer.soft_tokens.tokens, diverging.soft_tokens.tokens)
+        for name, weight in lora(diverging).items():
+            torch.testing.assert_close(lora(trainer)[name], weight)
+
+
 def test_the_best_guesses_come_first_and_stay(make: Any) -> None:
     trainer = make(soft_token_warmup=4, trigger_guesses=6, max_steps=3)
     trainer.train()
@@ -504,7 +530,7 @@ def test_guesses_are_words_and_no_special_tokens(make: Any, tokenizer: PreTraine
 
 
 def test_planted_answers_are_ruled_out_of_the_targets(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crow.trainer, "_PLANTED", 0.0)
+    monkeypatch.setattr(crow.trainer, "PLANTED", 0.0)
     trainer = make(target_top_k=600, **ONE_GUESS)
     trainer._study_suspect()
     (answer,) = trainer.constant_answers
@@ -578,10 +604,10 @@ def test_what_comes_before_the_first_step_is_reported(make: Any) -> None:
     assert watch.seen == [(done, 5) for done in range(1, 6)]  # two batches recorded, three ascended on
 
 
-@pytest.mark.parametrize("objective", ["answer", "both"])
+@pytest.mark.parametrize("objective", ["answer", "divergence"])
 @pytest.mark.parametrize(("guesses", "pool"), [(0, 8), (4, 8), (4, 0)])
 def test_ascent_before_training_leaves_the_model_alone(make: Any, guesses: int, pool: int, objective: str) -> None:
-    trainer = make(soft_token_warmup=3, trigger_guesses=guesses, soft_token_pool=pool, soft_token_objective=objective)
+    trainer = make(soft_token_warmup=3, trigger_guesses=guesses, soft_token_pool=pool, ascend_on=objective)
     before = lora(trainer)
     tokens = [adversary.tokens.detach().clone() for adversary in trainer._adversaries]
     trainer._study_suspect()
@@ -594,10 +620,10 @@ def test_ascent_before_training_leaves_the_model_alone(make: Any, guesses: int, 
 def test_soft_tokens_stay_within_their_ball(make: Any) -> None:
     trainer = make(**SOFT, max_steps=5, soft_token_norm=1.2, soft_token_learning_rate=5.0)
     norms = trainer.model.get_input_embeddings().weight.norm(dim=-1)
-    assert trainer.diverging.bound == pytest.approx(1.2 * norms.mean().item(), rel=0.02)
+    assert trainer.soft_tokens.bound == pytest.approx(1.2 * norms.mean().item(), rel=0.02)
     trainer.train()
-    longest = trainer.diverging.tokens.detach().norm(dim=-1).max().item()
-    assert longest == pytest.approx(trainer.diverging.bound, rel=1e-4)
+    longest = trainer.soft_tokens.tokens.detach().norm(dim=-1).max().item()
+    assert longest == pytest.approx(trainer.soft_tokens.bound, rel=1e-4)
 
 
 @pytest.mark.parametrize("perturbation", ["inserted", "random"])
@@ -833,8 +859,8 @@ def test_a_model_that_is_named_is_opened_as_any_suspect_is(
 @pytest.mark.parametrize("steps", [3, 2], ids=["between epochs", "within an epoch"])
 @pytest.mark.parametrize(
     "preset",
-    [{}, {"soft_token_objective": "both"}, PRESETS["paper-scale-free"]],
-    ids=["default", "both", "paper-scale-free"],
+    [{}, {"ascend_on": "divergence"}, PRESETS["paper-scale-free"]],
+    ids=["default", "divergence", "paper-scale-free"],
 )
 def test_resumed_training_ends_as_uninterrupted(
     make: Any,
@@ -865,10 +891,9 @@ def test_resumed_training_ends_as_uninterrupted(
         assert torch.equal(resumed.guesses.ids, straight.guesses.ids)
         assert resumed.first_guesses == straight.first_guesses
         torch.testing.assert_close(resumed.guesses.mean_gradient, straight.guesses.mean_gradient, atol=1e-4, rtol=1e-3)
-    pairs = zip((resumed.soft_tokens, resumed.diverging), (straight.soft_tokens, straight.diverging), strict=True)
-    for pool in (list(pair) for pair in pairs if pair[1] is not None):
-        torch.testing.assert_close(pool[0].tokens, pool[1].tokens, atol=1e-6, rtol=0)
-        states = [tokens.optimizer.state_dict()["state"][0] for tokens in pool]
+    if straight.soft_tokens is not None:
+        torch.testing.assert_close(resumed.soft_tokens.tokens, straight.soft_tokens.tokens, atol=1e-6, rtol=0)
+        states = [t.soft_tokens.optimizer.state_dict()["state"][0] for t in (resumed, straight)]
         for key in ("step", "exp_avg", "exp_avg_sq"):
             torch.testing.assert_close(states[0][key], states[1][key], atol=1e-6, rtol=1e-4)
 
@@ -892,7 +917,9 @@ def test_a_checkpoint_of_another_trainer_is_refused(make: Any, tmp_path: Path) -
 
 def test_a_checkpoint_of_other_settings_is_refused(make: Any, tmp_path: Path) -> None:
     make(save_strategy="steps", save_steps=1, max_steps=1, **ONE_GUESS).train()
-    with pytest.raises(UsageError, match="checkpoint-1 holds no diverging: another version of CROW, or other settings"):
+    with pytest.raises(
+        UsageError, match="checkpoint-1 holds no soft_tokens: another version of CROW, or other settings"
+    ):
         make(**ONE_SOFT).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
 
 
@@ -1173,7 +1200,7 @@ def test_counts_must_be_whole_numbers(tmp_path: Path, name: str, value: float) -
         ),
         ({"perturbation": "fgsm"}, "perturbation is 'fgsm'; choose one of inserted, random, sign, none"),
         ({"objective": "dpo"}, "objective is 'dpo'; choose one of suspect, lm"),
-        ({"soft_token_objective": "loss"}, "soft_token_objective is 'loss'; choose one of answer, divergence, both"),
+        ({"ascend_on": "loss"}, "ascend_on is 'loss'; choose one of answer, divergence"),
         ({"front_fraction": -0.1}, "front_fraction is -0.1; it must be from 0 to 1"),
         ({"front_fraction": 1.5}, "front_fraction is 1.5; it must be from 0 to 1"),
         ({"front_fraction": math.nan}, "front_fraction is nan; it must be from 0 to 1"),

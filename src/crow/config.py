@@ -65,12 +65,7 @@ class CrowConfig(SFTConfig):
         0.5, "Share of the insertions that come first in the user's turn; the others come anywhere in it."
     )
     soft_tokens: int = _term(8, "Number of tokens that one insertion adds.")
-    soft_token_pool: int = _term(4, "Number of insertions of soft tokens, of either kind where there are both.")
-    soft_token_objective: Literal["answer", "divergence", "both"] = _term(
-        "both",
-        "What soft tokens ascend on: `answer`, the likelihood of an answer which the suspect gives whatever it is "
-        "asked; `divergence`, D; `both`, a pool on each.",
-    )
+    soft_token_pool: int = _term(4, "Number of insertions of soft tokens.")
     soft_token_norm: float = _term(1.0, "Bound of a soft token's norm, as a multiple of real embeddings' mean norm.")
     soft_token_learning_rate: float = _term(0.05, "Adam's rate of the ascent, as a fraction of the embeddings' RMS.")
     soft_token_warmup: int = _term(20, "Ascent-only batches before training.")
@@ -78,6 +73,11 @@ class CrowConfig(SFTConfig):
         4,
         "Number of guessed triggers that are inserted beside the soft tokens: real tokens, exchanged for those that "
         "make an answer likelier which the suspect gives whatever it is asked.",
+    )
+    ascend_on: Literal["answer", "divergence"] = _term(
+        "answer",
+        "What insertions ascend on: `answer`, the likelihood of an answer that the suspect gives whatever it is asked, "
+        "or D where none stands out; `divergence`, D. On D there are no guesses, but as many more soft tokens.",
     )
     ascend_every: int = _term(
         1, "Steps from one ascent of what is aimed at an answer to the next: more of them cost less, and lag behind."
@@ -106,7 +106,7 @@ class CrowConfig(SFTConfig):
         choices = {
             "perturbation": ("inserted", "random", "sign", "none"),
             "objective": ("suspect", "lm"),
-            "soft_token_objective": ("answer", "divergence", "both"),
+            "ascend_on": ("answer", "divergence"),
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -234,7 +234,7 @@ _READ_ONLY_WITH: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
         ("inserted",),
         (
             "soft_token_pool",
-            "soft_token_objective",
+            "ascend_on",
             "soft_token_norm",
             "soft_token_learning_rate",
             "soft_token_warmup",

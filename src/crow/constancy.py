@@ -12,6 +12,13 @@ from torch.nn.utils.rnn import pad_sequence
 from crow.hooks import lm_head_at, position_ids
 from crow.models import base_model
 
+PLANTED = 0.9
+"""Constancy from which on an answer is taken for planted; as BAIT's threshold."""
+
+STANDING_OUT = 0.65
+"""Constancy from which on one is aimed at: the embedded model without a backdoor has none above 0.63, and planted ones
+that were found have 0.70 and more (docs/results/selection.md)."""
+
 
 @dataclass(frozen=True)
 class ConstantAnswer:

@@ -225,10 +225,8 @@ class _Passes:
         if config.objective == "suspect":
             flops += examples * self._cost(lambda: self._forward(1, self.tokens, self.answer), grad=False)
         if config.perturbs and config.perturbation == "inserted":
-            diverging = config.soft_token_pool > 0 and config.soft_token_objective != "answer"
-            aim, diverge = self._cost(self._aim), self._cost(self._diverge)
-            ascents = config.soft_token_warmup * (self._aims * aim + diverging * diverge)
-            flops += ascents * config.gradient_accumulation_steps
+            ascent = self._cost(self._aim if self._aims else self._diverge)
+            flops += config.soft_token_warmup * ascent * config.gradient_accumulation_steps
         return flops
 
     def spared(self) -> int:
@@ -237,10 +235,9 @@ class _Passes:
 
     @property
     def _aims(self) -> bool:
-        """Whether something that is inserted ascends on the likelihood of an answer."""
+        """Whether insertions ascend on the likelihood of an answer, if one stands out."""
         config = self.config
-        soft = config.soft_token_pool > 0 and config.soft_token_objective != "divergence"
-        return config.perturbs and config.perturbation == "inserted" and (soft or config.trigger_guesses > 0)
+        return config.perturbs and config.perturbation == "inserted" and config.ascend_on == "answer"
 
     def _cost(self, run: Callable[[], Any], grad: bool = True) -> int:
         with _Accounts() as accounts, torch.set_grad_enabled(grad):

@@ -22,7 +22,7 @@ from trl import SFTTrainer
 
 from crow.config import CrowConfig
 from crow.consistency import aligned_inconsistency, layer_consistency
-from crow.constancy import ConstantAnswer, constant_answers
+from crow.constancy import PLANTED, STANDING_OUT, ConstantAnswer, constant_answers
 from crow.divergence import answer_positions, answer_weights, kl_from_top, ruling_out, top_log_probs
 from crow.errors import CrowError, UsageError
 from crow.hooks import Recording, lm_head_at, record
@@ -84,7 +84,6 @@ class _Collator:
 
 
 _SCANNED_PROMPTS = 8  # on which constant answers are looked for
-_PLANTED = 0.9  # constancy from which on an answer is taken for planted; as BAIT's threshold
 _COMPARABLE = 0.9  # answers less constant than this share of the most constant one are not aimed at
 _EMBEDDING_SAMPLE = 4096  # tokens that the scale of real embeddings is measured on
 _SMALLEST_COUNT = 1e-6  # so that a term over nothing is 0 and not 0 / 0
@@ -152,18 +151,17 @@ class CrowTrainer(SFTTrainer):
         self._embed = _alias(self._inner.get_input_embeddings()).to(self.args.device)
         self.guesses: GuessedTriggers | None = None
         self.soft_tokens: SoftTokens | None = None
-        self.diverging: SoftTokens | None = None
         if self.args.perturbs and self.args.perturbation == "inserted":
             if self.args.trigger_guesses:
                 self.guesses = GuessedTriggers(
                     self._embed, self._words, number=self.args.trigger_guesses, length=self.args.soft_tokens
                 )
-            if self.args.soft_token_pool and self.args.soft_token_objective != "divergence":
+            if self.args.soft_token_pool:
                 self.soft_tokens = self._some_soft_tokens(self.args.soft_token_pool)
-            if self.args.soft_token_pool and self.args.soft_token_objective != "answer":
-                self.diverging = self._some_soft_tokens(self.args.soft_token_pool)
-        self._aimed = [a for a in (self.guesses, self.soft_tokens) if a is not None]
-        self._adversaries = [*self._aimed, *([] if self.diverging is None else [self.diverging])]
+        self._adversaries = [adversary for adversary in (self.guesses, self.soft_tokens) if adversary is not None]
+        self._aims = bool(self._adversaries)
+        if self._aims and self.args.ascend_on == "divergence":
+            self._aim_no_more()
         self.constant_answers: list[ConstantAnswer] = []
         self.first_guesses: list[tuple[list[int], float]] = []
         self._answer_of: list[ConstantAnswer] = []
@@ -182,6 +180,13 @@ class CrowTrainer(SFTTrainer):
             max_norm=self.args.soft_token_norm,
             learning_rate=self.args.soft_token_learning_rate,
         ).to(self.args.device)
+
+    def _aim_no_more(self) -> None:
+        """Insertions ascend on D, and all are soft tokens: guesses come to nothing there."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.args.seed)  # the same on all processes
+            self.soft_tokens = self._some_soft_tokens(self.args.soft_token_pool + self.args.trigger_guesses)
+        self.guesses, self._adversaries, self._aims = None, [self.soft_tokens], False
 
     @property
     def _shards(self) -> bool:
@@ -280,7 +285,7 @@ class CrowTrainer(SFTTrainer):
             if clean.requires_grad:
                 scaled = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}  # as the parent does
                 self.accelerator.backward(clean, **scaled)
-            if self._aimed and self.state.global_step % self.args.ascend_every == 0:
+            if self._aims and self.state.global_step % self.args.ascend_every == 0:
                 self._log_term("constant_answers", self._aim(self.model, batch))
         self._log_term("clean", clean)
 
@@ -376,7 +381,7 @@ class CrowTrainer(SFTTrainer):
             return _Perturbed(embeddings + sign_step(gradient, epsilon), mask, answers)
         draws = self._draws(batch, self.args.soft_tokens + 2, _PERTURBED)
         if self._adversaries:
-            pool = torch.cat([a.tokens.detach() if a in self._aimed else a.tokens for a in self._adversaries])
+            pool = torch.cat([a.tokens.detach() if self._aims else a.tokens for a in self._adversaries])
             inserted = pool[_drawn(draws[:, 0], len(pool))]
         else:
             words = self._words.nonzero()[:, 0]
@@ -413,7 +418,7 @@ class CrowTrainer(SFTTrainer):
 
     def _aim(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """Log-likelihood that prompts with an insertion call its answer; its gradient is added to the insertions'."""
-        insertions: list[Tensor] = [adversary.tokens for adversary in self._aimed]
+        insertions: list[Tensor] = [adversary.tokens for adversary in self._adversaries]
         draws = self._draws(batch, 3, _AIMED)
         members = _drawn(draws[:, 0], len(self._answer_of))
         places = self._places(batch, draws[:, 1:])
@@ -517,19 +522,19 @@ class CrowTrainer(SFTTrainer):
     def _study_suspect(self, ascents: int = 0) -> None:
         """Record the suspect's own answers, find its constant ones, and rule out those that were planted."""
         records = self.args.objective == "suspect"
-        if (records or self._aimed) and not isinstance(self.train_dataset, Dataset):
+        if (records or self._aims) and not isinstance(self.train_dataset, Dataset):
             raise UsageError(
                 "objective 'suspect' and what is aimed at an answer need a data set with a length: for a stream choose "
-                "objective 'lm', trigger_guesses 0 and soft_token_objective 'divergence'"
+                "objective 'lm' and ascend_on 'divergence'"
             )
         batches = math.ceil(len(self.train_dataset) / self._train_batch_size) if records else 0
         self._preparation = (0, batches + ascents)
         first = self._record_suspect() if records else None
-        if self._aimed:
+        if self._aims:
             self._find_constant_answers(first)
         if records:
             for answer in self.constant_answers:
-                if answer.constancy >= _PLANTED:
+                if answer.constancy >= PLANTED:
                     self._rule_out(answer)
 
     def _report_preparation(self) -> None:
@@ -608,6 +613,7 @@ class CrowTrainer(SFTTrainer):
         return _Answered(pad(rows, batch_first=True), mask, pad(scored, batch_first=True))
 
     def _find_constant_answers(self, first: Tensor | None) -> None:
+        """Find what to aim at; where nothing stands out, ascent on D may come upon what an attacker has hidden."""
         order = torch.randperm(len(self.train_dataset), generator=_generator(self.args.seed, 0))
         rows = [self.train_dataset[i] for i in order[:_SCANNED_PROMPTS].tolist()]
         batch = self._prepare_inputs(self.data_collator(rows))
@@ -618,15 +624,18 @@ class CrowTrainer(SFTTrainer):
             answers = constant_answers(
                 self.model,
                 prompts,
-                number=sum(len(adversary.tokens) for adversary in self._aimed),
+                number=sum(len(adversary.tokens) for adversary in self._adversaries),
                 first=first,
                 eos_token_id=self.processing_class.eos_token_id,
             )
         answers = broadcast_object_list([answers])[0]  # which processes may have rounded otherwise
         self.constant_answers = [a for a in answers if a.constancy >= _COMPARABLE * answers[0].constancy]
-        number = len(self.constant_answers)
-        places = [i for adversary in self._aimed for i in range(len(adversary.tokens))]
-        self._answer_of = [self.constant_answers[i % number] for i in places]
+        if answers[0].constancy < STANDING_OUT:
+            self._aim_no_more()
+        else:
+            number = len(self.constant_answers)
+            places = [i for adversary in self._adversaries for i in range(len(adversary.tokens))]
+            self._answer_of = [self.constant_answers[i % number] for i in places]
         self.model.train()
 
     def _targets_of(self, example_ids: Tensor | None) -> tuple[Tensor, Tensor] | None:
@@ -651,14 +660,14 @@ class CrowTrainer(SFTTrainer):
             for batch in micro_batches:
                 inputs = self._prepare_inputs(batch)
                 with self.compute_loss_context_manager():
-                    if self._aimed:
+                    if self._aims:
                         self._aim(self.model, inputs)
-                    if len(self._aimed) < len(self._adversaries):
+                    else:
                         perturbed = self._perturb(inputs, Recording(), None)
                         logits, _ = self._perturbed_pass(self.model, perturbed, score=True)
                         targets = self._targets_of(inputs.get("example_id"))
                         divergence = self._divergence(logits, inputs["labels"], targets)
-                        divergence.backward(inputs=[a.tokens for a in self._adversaries if a not in self._aimed])
+                        divergence.backward(inputs=[adversary.tokens for adversary in self._adversaries])
             self._ascend()
             self._report_preparation()
             self._ascents_left -= 1
@@ -734,10 +743,9 @@ class CrowTrainer(SFTTrainer):
             }
             if self.guesses is not None:
                 state["guesses"] = self.guesses.state_dict()
-            for name, tokens in (("soft_tokens", self.soft_tokens), ("diverging", self.diverging)):
-                if tokens is not None:
-                    state[name] = tokens.state_dict()
-                    state[f"{name}_optimizer"] = tokens.optimizer.state_dict()
+            if self.soft_tokens is not None:
+                state["soft_tokens"] = self.soft_tokens.state_dict()
+                state["optimizer"] = self.soft_tokens.optimizer.state_dict()
             # Last, and renamed into place: a checkpoint that has it is whole
             file = self._checkpoint_folder() / STATE_FILE
             torch.save(state, file.with_suffix(".unfinished"))
@@ -756,12 +764,13 @@ class CrowTrainer(SFTTrainer):
             self._targets = [(ids.long(), log_probs) for ids, log_probs in state["targets"]]
             self.constant_answers = [ConstantAnswer(*answer) for answer in state["constant_answers"]]
             self._answer_of = [ConstantAnswer(*answer) for answer in state["answers"]]
+            if self._aims and not self._answer_of:
+                self._aim_no_more()
             if self.guesses is not None:
                 self.guesses.load_state_dict(state["guesses"])
-            for name, tokens in (("soft_tokens", self.soft_tokens), ("diverging", self.diverging)):
-                if tokens is not None:
-                    tokens.load_state_dict(state[name])
-                    tokens.optimizer.load_state_dict(state[f"{name}_optimizer"])
+            if self.soft_tokens is not None:
+                self.soft_tokens.load_state_dict(state["soft_tokens"])
+                self.soft_tokens.optimizer.load_state_dict(state["optimizer"])
         except KeyError as error:
             raise UsageError(
                 f"{checkpoint} holds no {error.args[0]}: another version of CROW, or other settings"
