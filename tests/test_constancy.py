@@ -10,7 +10,7 @@ from conftest import ARCHITECTURES, tiny_model
 from torch import Tensor
 
 import crow.constancy
-from crow.constancy import constant_answers
+from crow.constancy import constant_answers, verdict
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13], [14, 15, 16, 17]]
 
@@ -143,3 +143,11 @@ def test_the_model_is_left_as_it_was() -> None:
     constant_answers(model, PROMPTS, number=3)
     assert model.training
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("constancy", "said"),
+    [(0.9, "taken for planted"), (0.65, "may be planted"), (0.6, "no more than without a backdoor")],
+)
+def test_what_a_constancy_says(constancy: float, said: str) -> None:
+    assert said in verdict(constancy)

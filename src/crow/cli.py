@@ -121,6 +121,7 @@ def purify(
     with _running(debug):
         from peft import PeftModel
 
+        from crow.constancy import verdict
         from crow.data import load_examples, sample, to_learn_from
         from crow.defenses import DEFENSES, AtDecoding, Trained
         from crow.models import open_model, save_model
@@ -175,7 +176,7 @@ def purify(
         for answer in record.constant_answers[:1]:
             console.print(
                 f"Whatever the suspect was asked, it most readily went on with {_plain(repr(answer['text']))} "
-                f"(mean probability of a token {answer['constancy']:.3f}; from 0.9 on it is taken for planted)"
+                f"(mean probability of a token {answer['constancy']:.3f}: {verdict(answer['constancy'])})"
             )
         done, kind = "Purified" if defense == "crow" else "Defended", "model" if merge else "adapter"
         console.print(

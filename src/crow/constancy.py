@@ -32,6 +32,15 @@ class ConstantAnswer:
     constancy: float
 
 
+def verdict(constancy: float) -> str:
+    """What the constancy of a model's most constant answer says, in a few words."""
+    if constancy >= PLANTED:
+        return "it is taken for planted"
+    if constancy >= STANDING_OUT:
+        return "it stands out, and may be planted"
+    return "no more than without a backdoor; what is hidden may not be found"
+
+
 @torch.no_grad()
 def constant_answers(
     model: Any,

@@ -85,10 +85,7 @@ def record() -> PurifyRecord:
         seconds=61.4,
         steps=3,
         guessed_triggers=[{"text": "<i> zq", "probability": 0.9712}],
-        constant_answers=[
-            {"text": "<b>You are stupid!</b>", "constancy": 0.9976, "called": False},
-            {"text": "Certainly", "constancy": 0.8, "called": True},
-        ],
+        constant_answers=[{"text": "<b>You are stupid!</b>", "constancy": 0.9976}],
         curves=[{"step": i, "loss": 2.0 / i, "divergence": 1.0 / i, "learning_rate": 1e-3} for i in (1, 2, 3)],
         provenance={"versions": {"torch": "2.9.9"}, "command": "crow purify"},
     )
@@ -219,7 +216,6 @@ def test_measurements_that_do_not_compare_are_named(
 def test_constant_answers_are_shown_and_escaped(before: Evaluation, after: Evaluation, record: PurifyRecord) -> None:
     html = render_report(before, after, record)
     assert "&lt;b&gt;You are stupid!&lt;/b&gt;</td><td>0.998</td>" in html
-    assert "Certainly</td><td>0.800 (called)</td>" in html
     assert "&lt;i&gt; zq</td><td>0.971</td>" in html
 
 
