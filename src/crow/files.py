@@ -74,7 +74,8 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
         try:
             yield made
         except CrowError as error:  # it says more, but of a folder that no one will find
-            raise type(error)(str(error).replace(str(made), str(path))) from error
+            error.args = (str(error).replace(str(made), str(path)),)
+            raise
         except Exception as error:
             if (reason := _unwritable(error, made)) is None:
                 raise
