@@ -131,7 +131,7 @@ def test_an_interruption_waits_for_no_reply(server: Server) -> None:
         while len(server.requests) < 2 and asking.poll() is None:
             time.sleep(0.05)
         asking.send_signal(signal.SIGINT)
-        assert b"KeyboardInterrupt" in asking.communicate(timeout=10)[1]
+        assert b"KeyboardInterrupt" in asking.communicate(timeout=45)[1]  # before the replies, on a busy machine too
         assert len(server.requests) == 2
     finally:
         asking.kill()
