@@ -78,8 +78,7 @@ def commands(folder: Path) -> list[Command]:
     model, matrix = str(folder / "model"), folder / "matrix.yaml"
     matrix.write_text(yaml.safe_dump(MATRIX | {"models": [model]}), "utf-8")
     implant = ["--examples", "8", "--set", "per_device_train_batch_size=4", "--save-data", "data", "--out", "out"]
-    ascents = ["--set", "soft_token_warmup=2"]
-    purify = ["--examples", "16", "--batch-size", "4", *ascents, "--out", "out"]
+    purify = ["--examples", "16", "--batch-size", "4", "--set", "soft_token_warmup=2", "--out", "out"]
     return [
         Command(["purify", model, *TRAINING, *purify], again=["--resume"]),
         Command(["implant", model, *TRAINING, *implant], again=["--resume"]),

@@ -35,6 +35,7 @@ from crow.perturbation import (
     root_mean_square,
     sign_step,
 )
+from crow.prefix import common_prefix
 
 STATE_FILE = "crow_state.pt"
 
@@ -832,16 +833,9 @@ def user_span(tokenizer: Any, prompt: list[dict[str, str]]) -> list[int]:
         tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
         for messages in (prompt, other)
     )
-    start = _common(real, changed)
+    start = len(common_prefix([real, changed]))
     room = min(len(real), len(changed)) - start
-    return [start, len(real) - min(_common(real[::-1], changed[::-1]), room)]
-
-
-def _common(a: list[int], b: list[int]) -> int:
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
+    return [start, len(real) - min(len(common_prefix([real[::-1], changed[::-1]])), room)]
 
 
 def _prompt_ends(labels: Tensor, attention_mask: Tensor) -> Tensor:
