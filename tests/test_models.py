@@ -6,6 +6,8 @@ import logging
 import math
 import os
 import shutil
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -335,8 +337,8 @@ def test_an_adapter_of_another_model_is_refused(
 
 
 def test_a_base_for_what_is_no_adapter_is_refused(llama_folder: Path) -> None:
-    refused(llama_folder, "is no adapter folder, so it has no base to choose", base=llama_folder)
-    refused(None, "is no adapter folder, so it has no base to choose", base=llama_folder)
+    refused(llama_folder, "is no adapter, so it has no base to choose", base=llama_folder)
+    refused(None, "is no adapter, so it has no base to choose", base=llama_folder)
 
 
 def test_a_broken_adapter_config_is_refused(adapter_folder: Path, tmp_path: Path) -> None:
@@ -445,6 +447,27 @@ def test_a_snapshot_of_the_hubs_cache_is_opened(llama_folder: Path, tmp_path: Pa
     for file in blobs.iterdir():
         (snapshot / file.name).symlink_to(Path("..", "..", "blobs", file.name))
     assert open_model(snapshot).kind == "folder"
+
+
+def test_an_adapter_on_the_hub_is_looked_at_as_one(llama_folder: Path, adapter_folder: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "models--org--both"  # as the hub's cache holds it, with a model beside the adapter
+    shutil.copytree(llama_folder, repository / "snapshots" / "abc")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(adapter_folder / name, repository / "snapshots" / "abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    script = "from crow.models import open_model as o; m = o('org/both'); print(m.kind, m.name, *m.hashes)"
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", script]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120).stdout
+    assert said.splitlines()[-1].startswith("adapter org/both adapter_model.safetensors base model.safetensors")
+
+
+def test_an_adapter_that_is_its_own_base_is_refused(adapter_folder: Path, tmp_path: Path) -> None:
+    own = shutil.copytree(adapter_folder, tmp_path / "own")
+    config = json.loads((own / "adapter_config.json").read_text())
+    (own / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(own)}))
+    refused(own, "is an adapter on an adapter")
 
 
 @pytest.mark.parametrize(

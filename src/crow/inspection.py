@@ -14,7 +14,7 @@ from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from crow.data import example
 from crow.errors import CrowError, UsageError
@@ -38,7 +38,8 @@ def check_decoder_only(config: PretrainedConfig, name: str) -> None:
 def check_hub(name: str) -> None:
     """Ask the hub once whether it has the model: the loaders ask for half a minute before they say that they can't."""
     try:
-        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+        here = (try_to_load_from_cache(name, file) for file in (CONFIG_NAME, ADAPTER_CONFIG_NAME))
+        if not any(isinstance(path, str) for path in here):
             HfApi().model_info(name, timeout=20)
     except HFValidationError as error:
         raise UsageError(f"{name}: no such folder, and no name that a model on the hub can have") from error

