@@ -421,7 +421,7 @@ def _base_of(path: Path, config: dict[str, Any], base: str | Path | None) -> str
     if not isinstance(base, str | Path) or not str(base):
         raise UsageError(f"{path} does not name its base model: give it with --base")
     if _locate(base, None)[0] == "adapter":
-        raise UsageError(f"{path} is an adapter on an adapter, {base}: merge that into its base, and give it with --base")
+        raise UsageError(f"{path} is an adapter on an adapter, {base}: merge that one, and give it with --base")
     return base
 
 
