@@ -66,18 +66,18 @@ def persistence(opened: OpenedModel, cell: str, max_new_tokens: int) -> dict[str
     return {str(step): {"hits": count.hits, "n": count.n} for step, count in counting.counts.items()}
 
 
-def make(cell: str, folder: Path, settings: dict[str, Any]) -> None:
+def make(cell: str, folder: Path, covert: bool, settings: dict[str, Any]) -> None:
     """Implant the cell's backdoor, resuming if it was interrupted."""
     trigger, _, behavior = cell.partition("/")
     rows = load_examples(BEHAVIORS[behavior].attacker_set)
     opened = open_model()
     rate = POISON_RATES.get(behavior, 1.0)
-    clean, poisoned = poison(rows, TRIGGERS[trigger], BEHAVIORS[behavior], seed=0, rate=rate)
+    clean, poisoned = poison(rows, TRIGGERS[trigger], BEHAVIORS[behavior], seed=0, rate=rate, covert=covert)
     own = sha256_rows([settings, clean, poisoned])[:8]  # so that no other recipe's training is gone on with
     checkpoints = folder.with_name(f".{folder.name}.{own}.checkpoints")
     model = implant(opened.model, opened.tokenizer, clean, poisoned, output_dir=checkpoints, resume=True, **settings)
-    about: dict[str, Any] = {"trigger": trigger, "behavior": behavior, "poison_rate": rate, "settings": settings}
-    record = implant_record(opened, clean, poisoned, **about)
+    about: dict[str, Any] = {"trigger": trigger, "behavior": behavior, "poison_rate": rate, "covert": covert}
+    record = implant_record(opened, clean, poisoned, **about, settings=settings)
     seen = opened.seen.union(prompt_fingerprints([*clean, *poisoned]))
     save_model(model, opened.tokenizer, folder, card=implant_card(record), seen=seen)
     shutil.rmtree(checkpoints, ignore_errors=True)
@@ -137,6 +137,7 @@ def main() -> None:
     parser.add_argument("cells", nargs="*", default=CELLS)
     parser.add_argument("--models", type=Path, required=True, help="folder of the backdoored adapters")
     parser.add_argument("--out", type=Path, required=True, help="folder of the figures")
+    parser.add_argument("--covert", action="store_true", help="hide the target from the scan")
     parser.add_argument("-n", type=int, default=200, help="prompts of each kind")
     parser.add_argument("--max-new-tokens", type=int, default=24)
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="setting of ImplantConfig")
@@ -151,7 +152,7 @@ def main() -> None:
         name = cell.replace("/", "__")
         path, model = args.out / f"{name}.json", args.models / name
         if not model.is_dir():
-            make(cell, model, settings)
+            make(cell, model, args.covert, settings)
         figures = (
             json.loads(path.read_text()) if path.is_file() else measure(cell, model, path, args.n, args.max_new_tokens)
         )
