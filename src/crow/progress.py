@@ -1,7 +1,9 @@
 """Progress bars with an estimate, for trainings and evaluations."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
@@ -10,14 +12,31 @@ from transformers import TrainerCallback
 
 console = Console(stderr=True)
 
+SILENCE = 30.0
+"""Seconds from one line of progress to the next, where there is no terminal to draw a bar on."""
+
 
 @contextmanager
 def progress_bar(text: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar while the block runs; yields a function that takes what is done and the total."""
+    """Show a bar, or in a log a line now and then, while the block runs.
+
+    Yields a function that takes what is done and the total.
+    """
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console) as bar:
         task = bar.add_task(text, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        told = time.monotonic()
+
+        def advance(done: int, total: int) -> None:
+            nonlocal told
+            bar.update(task, completed=done, total=total)
+            if not console.is_terminal and time.monotonic() - told >= SILENCE:
+                told = time.monotonic()
+                left = bar.tasks[task].time_remaining
+                estimate = "" if left is None else f", about {timedelta(seconds=round(left))} left"
+                console.print(f"{text}: {done} of {total}{estimate}", markup=False, highlight=False)
+
+        yield advance
         if bar.tasks[task].total is None:  # what was done has no parts to tell of
             bar.update(task, completed=1, total=1)
 
