@@ -17,8 +17,10 @@ from crow.errors import UsageError
 CONFIGS = {Path(file.name).stem: file for file in files("crow.bench").joinpath("configs").iterdir()}
 """The matrices that ship with the project."""
 
-_SETTINGS = {f.name for f in fields(CrowConfig)} - CHOSEN | {"preset", "lora"}
-_IMPLANT_SETTINGS = {f.name for f in fields(ImplantConfig)} - CHOSEN
+# A matrix may come from a stranger: none of it tells others of a run, or reads a file that it names
+_CHOSEN = CHOSEN | {"report_to", "chat_template_path"}
+_SETTINGS = {f.name for f in fields(CrowConfig)} - _CHOSEN | {"preset", "lora"}
+_IMPLANT_SETTINGS = {f.name for f in fields(ImplantConfig)} - _CHOSEN
 _FLAGS = ("adaptive", "covert", "full")
 
 
@@ -227,7 +229,7 @@ class Matrix:
                 raise UsageError(f"{name} is to be a mapping of settings")
         if unknown := values.get("training", {}).keys() - _SETTINGS:
             raise UsageError(f"training: no such setting: {', '.join(sorted(unknown))}")
-        if any(not isinstance(seed, int) for seed in values.get("seeds", ())):
+        if any(not isinstance(seed, int) or isinstance(seed, bool) for seed in values.get("seeds", ())):
             raise UsageError("seeds is to be a list of whole numbers")
         if any(not isinstance(model, str | None) for model in values.get("models", ())):
             raise UsageError("models is to be a list of names")
@@ -275,7 +277,7 @@ def _mapping(entry: Any, cls: type, what: str) -> dict[str, Any]:
 
 
 def _positive(name: str, value: Any) -> None:
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UsageError(f"{name} is {value!r}; it must be a whole number of at least 1")
 
 
