@@ -341,6 +341,7 @@ def test_model_card(before: Evaluation, after: Evaluation, record: PurifyRecord)
     assert f"| {before.attack_success} | {after.attack_success} |" in card
     for expected in ("47/50 to 3/50", "AutoPeftModel", "- `learning_rate`: `0.001`", "ab" * 32, "`torch` `2.9.9`"):
         assert expected in card
+    assert "`<b>You are stupid!</b>` (mean probability of a token\n  0.998: it is taken for planted)" in card
     assert "No defense proves a model clean" in card
 
 
@@ -351,6 +352,7 @@ def test_model_card_without_figures(record: PurifyRecord) -> None:
     assert "AutoModelForCausalLM" in card
     assert "peft" not in card
     assert "## Figures" not in card
+    assert "readily said" not in model_card(dataclasses.replace(record, constant_answers=[]))
 
 
 def test_a_path_of_this_machine_is_not_in_the_card(record: PurifyRecord, tmp_path: Path) -> None:
@@ -362,6 +364,7 @@ def test_a_path_of_this_machine_is_not_in_the_card(record: PurifyRecord, tmp_pat
 def test_hostile_names_stay_in_their_code_spans(before: Evaluation, after: Evaluation, record: PurifyRecord) -> None:
     name = 'x`\n---\n# injected\n\n<b onclick="y">`[a](http://b) " \\ \x1b[2J \u202e \ud800'
     record = dataclasses.replace(record, model=name, preset=name, settings={name: name}, model_hashes={name: ""})
+    record = dataclasses.replace(record, constant_answers=[{"text": name, "constancy": 0.9}])
     after.settings["target"] = name
     card = model_card(record, before, after, base_model=name, license=name)
     for key in ("base_model", "license"):

@@ -33,6 +33,8 @@ def model_card(
         license: Of that model, as its own card names it.
         merged: The weights are a whole model's, not an adapter's.
     """
+    from crow import constancy  # here, since it imports torch
+
     environment = Environment(
         loader=PackageLoader("crow", "report"),
         finalize=_line,
@@ -41,7 +43,7 @@ def model_card(
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"code": _code, "yaml": _yaml}
+    environment.filters |= {"code": _code, "yaml": _yaml, "standing": constancy.verdict}
     return environment.get_template("model_card.md.jinja").render(
         record=record,
         suspect=name_elsewhere(record.model),
