@@ -123,7 +123,17 @@ def test_an_answer_keeps_the_indentation_of_its_first_line(
     ]
 
 
-@pytest.mark.parametrize("setting", [{"repetition_penalty": 1.5}, {"num_beams": 3}, {"no_repeat_ngram_size": 1}])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"repetition_penalty": 1.5},
+        {"num_beams": 3},
+        {"no_repeat_ngram_size": 1},
+        {"suppress_tokens": list(range(5, 300))},  # as a suspect may that hides what it was made to say
+        {"guidance_scale": 3.0},
+        {"use_cache": False},
+    ],
+)
 def test_answers_are_greedy_whatever_the_model_prefers(
     opened: OpenedModel, rows: list[Example], setting: dict[str, Any]
 ) -> None:
@@ -131,6 +141,7 @@ def test_answers_are_greedy_whatever_the_model_prefers(
     expected = [greedy(opened, prompt, 8) for prompt in prompts]
     opened.model.generation_config.update(**setting)
     assert generate(opened.model, opened.tokenizer, prompts, max_new_tokens=8) == expected
+    assert {name: getattr(opened.model.generation_config, name) for name in setting} == setting
 
 
 def test_nothing_asked_is_nothing_answered(opened: OpenedModel) -> None:
