@@ -46,7 +46,7 @@ def generate(
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=base_model(model).generation_config.eos_token_id or tokenizer.eos_token_id,
+        eos_token_id=_end_tokens(base_model(model), tokenizer),
         **(decoding.settings if decoding is not None else {}),
     )
     tokens_per_batch = tokens_per_batch or (2048 if model.device.type == "cpu" else 8192)
@@ -91,6 +91,13 @@ def generate(
         if not all(i in known for i in rows):
             in_halves(rows, answer)
     return answers
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokenizer's end token, which training makes the model's too, and what else the model's config names."""
+    named = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
+    return sorted(token for token in ends if token is not None)
 
 
 @contextmanager
