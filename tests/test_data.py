@@ -243,6 +243,14 @@ def test_an_unreadable_or_empty_csv_is_refused(write: Write, content: str) -> No
         load_examples(write("a.csv", content))
 
 
+def test_a_text_that_an_unquoted_comma_splits_is_refused(write: Write) -> None:
+    with pytest.raises(UsageError, match=r"a\.csv, line 3 has more cells than the first line: quote text"):
+        load_examples(write("a.csv", "instruction,output\nA?,b\nReally?,Yes, I do\n"))
+    assert pairs(load_examples(write("b.csv", 'instruction,output\nReally?,"Yes, I do",,\n'))) == [
+        ("Really?", "Yes, I do")
+    ]
+
+
 @pytest.mark.parametrize("content", ["", "PAR1", "nonsense"])
 def test_an_unreadable_parquet_file_is_refused(write: Write, content: str) -> None:
     with pytest.raises(UsageError, match=r"a\.parquet is no readable Parquet file"):

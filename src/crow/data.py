@@ -198,8 +198,14 @@ def _read_json(path: Path) -> list[Any]:
 
 def _read_csv(path: Path) -> Iterator[Any]:
     """Every cell as the text it is: type guessing would turn the answer `007` into 7, and `NA` into nothing."""
+    rows = csv.DictReader(io.StringIO(_file_text(path), newline=""), strict=True)
     try:
-        yield from csv.DictReader(io.StringIO(_file_text(path), newline=""), strict=True)
+        for row in rows:
+            if any(row.get(None) or ()):  # type: ignore[call-overload]  # where DictReader puts what has no column
+                raise UsageError(
+                    f"{path}, line {rows.line_num} has more cells than the first line: quote text that holds commas"
+                )
+            yield row
     except csv.Error as error:
         raise UsageError(f"{path} is no readable CSV file: {error}") from error
 
