@@ -115,6 +115,11 @@ def test_prompt_and_completion_may_be_messages(write: Write, suffix: str) -> Non
     assert load_examples(path) == [{"prompt": CHAT[:-1], "completion": CHAT[-1:]}]
 
 
+def test_of_a_dialogue_the_last_answer_is_the_answer(write: Write) -> None:
+    path = write("data.json", [{"prompt": CHAT[:2], "completion": CHAT[2:]}])
+    assert load_examples(path) == [{"prompt": CHAT[:-1], "completion": CHAT[-1:]}]
+
+
 def test_sides_may_be_text_and_messages(write: Write) -> None:
     path = write("data.json", [{"prompt": CHAT[:2], "completion": "Hello"}])
     assert load_examples(path) == [{"prompt": CHAT[:2], "completion": [{"role": "assistant", "content": "Hello"}]}]

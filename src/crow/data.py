@@ -242,7 +242,8 @@ def _to_example(row: Any, place: str, answered: bool) -> Example:
     elif "prompt" in row:
         answer = "response" if "response" in row else "completion"
         prompt = _side(row, "prompt", "user", place)
-        completion = _side(row, answer, "assistant", place, default=unanswered)
+        turns = _side(row, answer, "assistant", place, default=unanswered)
+        prompt, completion = [*prompt, *turns[:-1]], turns[-1:]  # of a dialogue the last answer alone is the answer
     else:
         raise UsageError(
             f"{place} has the fields {', '.join(map(str, row)) or 'none'}; expected instruction/output, "
