@@ -2,13 +2,14 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import tiny_model
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from crow.data import Example
@@ -177,6 +178,29 @@ def test_shrinking_scales_what_the_adapter_adds(suspect: OpenedModel, rows: list
     assert record.settings["factor"] == FACTORS[0]
     for before, after in zip(whole, products(model), strict=True):
         torch.testing.assert_close(after, FACTORS[0] * before)
+
+
+def adapter(llama_folder: Path, **settings: Any) -> OpenedModel:
+    """A suspect with an adapter of its own kind."""
+    opened = open_model(llama_folder)
+    model = get_peft_model(opened.model, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **settings))
+    return replace(opened, model=model, kind="adapter")
+
+
+def test_shrinking_scales_what_an_adapter_adds_to_embeddings(llama_folder: Path, rows: list[Example]) -> None:
+    opened = adapter(llama_folder, target_modules=["embed_tokens", "q_proj"])
+    layer = opened.causal_lm.get_input_embeddings()
+    whole = layer.get_delta_weight("default").detach().clone()  # type: ignore[operator]
+    DEFENSES["shrink:tolerance=1000"].apply(opened, rows)
+    torch.testing.assert_close(layer.get_delta_weight("default"), FACTORS[0] * whole)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("more", [{"use_dora": True}, {"modules_to_save": ["norm"]}, {"bias": "all"}])
+def test_an_adapter_that_changes_more_can_not_be_shrunk(
+    llama_folder: Path, rows: list[Example], more: dict[str, Any]
+) -> None:
+    with pytest.raises(Unfit, match=f"has {next(iter(more))}: to scale its matrices would leave"):
+        DEFENSES["shrink"].apply(adapter(llama_folder, target_modules=["q_proj"], **more), rows)
 
 
 def test_shrinking_stops_where_perplexity_would_suffer(suspect: OpenedModel, rows: list[Example]) -> None:
