@@ -79,16 +79,17 @@ def test_a_changed_setting_runs_what_depends_on_it(changes: dict[str, Any], stay
     assert len(keys() & keys(**changes)) == stay
 
 
-def test_a_folder_is_known_by_its_weights(llama_folder: Path, tmp_path: Path) -> None:
-    copied = tmp_path / "copy"
-    copied.mkdir()
-    weights = (llama_folder / "model.safetensors").read_bytes()
-    shutil.copytree(llama_folder, copied, dirs_exist_ok=True)
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", "config.json", "chat_template.jinja", "tokenizer.json", "tokenizer.model", "merges.txt"],
+)
+def test_a_folder_is_known_by_what_decides_its_answers(llama_folder: Path, tmp_path: Path, name: str) -> None:
+    copied = shutil.copytree(llama_folder, tmp_path / "copy")
     assert keys(models=[str(copied)]) == keys(models=[str(llama_folder)])
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "model.safetensors").write_bytes(weights[:-1])
-    assert not keys(models=[str(other)]) & keys(models=[str(llama_folder)])
+    with (copied / name).open("ab") as file:
+        file.write(b" ")
+    _original.cache_clear()
+    assert not keys(models=[str(copied)]) & keys(models=[str(llama_folder)])
 
 
 def test_an_adapter_is_known_by_its_base_too(adapter_folder: Path, llama_folder: Path, tmp_path: Path) -> None:

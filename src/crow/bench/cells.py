@@ -348,7 +348,8 @@ def _original(model: str | None) -> Any:
         return sha256_file(folder)
     if model is None or not folder.is_dir():
         return model
-    kept = [file for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", ".json", ".jinja")]
+    read = (".safetensors", ".json", ".jinja", ".model", ".txt")  # the last two as some tokenizers are in them alone
+    kept = [file for file in sorted(folder.iterdir()) if file.suffix in read]
     config = folder / "adapter_config.json"
     base = json.loads(config.read_text("utf-8")).get("base_model_name_or_path") if config.is_file() else None
     return [{file.name: sha256_file(file) for file in kept}, _original(base)]
