@@ -15,7 +15,7 @@ from peft import PeftModel
 from crow.backdoors.implant import implant, implant_card, implant_record, poison, recipe
 from crow.bench.matrix import Attack, Backdoor, Candidate
 from crow.config import PRESETS, CrowConfig
-from crow.data import Example, load_examples, prompt_fingerprints, sample
+from crow.data import Example, answer_text, load_examples, prompt_fingerprints, sample
 from crow.defenses import DEFENSES
 from crow.evaluation.evaluate import evaluate, trigger_rows, variant_rows
 from crow.files import sha256_file, sha256_rows, write_json
@@ -187,7 +187,8 @@ class Defend(Cell):
     training: dict[str, Any]
 
     def _clean(self) -> list[Example]:
-        return sample(examples(self.clean or "clean"), self.candidate.examples or self.examples, self.seed)
+        answered = [row for row in examples(self.clean or "clean") if answer_text(row)]  # as `crow purify` has them
+        return sample(answered, self.candidate.examples or self.examples, self.seed)
 
     def _settings(self) -> dict[str, Any]:
         return self.candidate.training(self.training) if self.candidate.trains else {}
