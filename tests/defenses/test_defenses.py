@@ -219,17 +219,34 @@ def test_only_adapters_can_be_shrunk(llama_folder: Path, rows: list[Example]) ->
 
 
 @pytest.mark.usefixtures("float32")
-@pytest.mark.parametrize(("bits", "levels", "error"), [(4, 16, 0.16), (8, 256, 0.0045)])
+@pytest.mark.parametrize(("bits", "error"), [(4, 0.16), (8, 0.0045)])
 def test_quantizing_leaves_few_values_and_little_error(
-    bits: int, levels: int, error: float, suspect: OpenedModel, rows: list[Example]
+    bits: int, error: float, suspect: OpenedModel, rows: list[Example]
 ) -> None:
     before = weights(open_model(suspect.name).model.merge_and_unload())
     model, _ = DEFENSES[f"quantize:bits={bits}"].apply(suspect, rows)
     for weight, rounded in zip(before, weights(model), strict=True):
         # Half of the widest gap between two levels, as a share of the largest weight
         assert (rounded - weight).abs().max() <= error * weight.abs().max()
-        assert all(len(row.unique()) <= levels for row in rounded.reshape(-1, 64))
+        assert_rounded(rounded, bits)
         assert not torch.equal(weight, rounded)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_scales_are_of_outputs_where_a_weight_is_transposed_too(bits: int, tokenizer: Any) -> None:
+    opened = OpenedModel(tiny_model("gpt2", len(tokenizer)), tokenizer, "gpt2", "open")
+    model, _ = DEFENSES[f"quantize:bits={bits}"].apply(opened, [])
+    for weight in weights(model):
+        assert_rounded(weight.T, bits)
+
+
+def assert_rounded(weight: Tensor, bits: int) -> None:
+    """Of a weight `(outputs, inputs)`: 16 levels for 64 of an output's, or 255 for all of it, evenly spaced."""
+    if bits == 4:
+        assert all(len(part.unique()) <= 16 for part in weight.reshape(-1, 64))
+    else:
+        steps = 127 * weight / weight.abs().amax(dim=1, keepdim=True)
+        torch.testing.assert_close(steps, steps.round(), atol=0.02, rtol=0)
 
 
 def test_quantizing_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch, suspect: OpenedModel) -> None:
