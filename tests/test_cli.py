@@ -234,6 +234,7 @@ def test_a_defense_at_decoding_time_is_measured(run: Run, adapter_folder: Path, 
     fails(run("evaluate", adapter_folder, "--defense", "prune"), 2, "crow purify --defense prune")
     fails(run("evaluate", "x", "--defense", "decode", "--endpoint", "http://h/v1"), 2, "--defense can't be had")
     fails(run("evaluate", adapter_folder, "--defense", "decode", "--engine", "vllm"), 2, "vllm")
+    fails(run("evaluate", "x", "--defense", "decode", "--harness", "arc_easy"), 2, "leave it or --harness out")
 
 
 def test_the_defenses_are_listed(run: Run) -> None:

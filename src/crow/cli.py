@@ -282,6 +282,8 @@ def evaluate(
             raise UsageError(f"unknown engine {engine!r}; known are {', '.join(ENGINES)}")
         if harness is None and (harness_folder is not None or harness_limit is not None):
             raise UsageError("--harness-folder and --harness-limit need --harness, the tasks to run")
+        if harness is not None and defense is not None:
+            raise UsageError("lm-eval decodes its own way, without a --defense: leave it or --harness out")
         if code_limit is not None and not code:
             raise UsageError("--humaneval-limit needs --humaneval, whose problems it limits")
         if endpoint is not None:
