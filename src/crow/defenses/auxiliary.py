@@ -89,7 +89,7 @@ class BdVax(Defense):
 
     Open in the paper, and chosen here: variants are LoRA adapters (the suspect's own trained further, or a new one);
     a component is a channel of the MLP, with its weights in all of that MLP's layers, for adapters too; channels are
-    ranked over the whole model; new weights are normal with the deviation of those that they replace.
+    ranked over the whole model; new weights are normal with the deviation of their layer's.
     """
 
     own_settings: ClassVar[frozenset[str]] = _OWN_SETTINGS
