@@ -18,7 +18,7 @@ from crow.config import PRESETS, CrowConfig
 from crow.data import Example, answer_text, load_examples, prompt_fingerprints, sample
 from crow.defenses import DEFENSES
 from crow.evaluation.evaluate import evaluate, trigger_rows, variant_rows
-from crow.files import sha256_file, sha256_rows, write_json
+from crow.files import name_elsewhere, sha256_file, sha256_rows, write_json
 from crow.models import OpenedModel, open_model, save_model
 from crow.progress import TrainingProgress
 from crow.report import model_card
@@ -319,7 +319,10 @@ class Measure(Cell):
             unfinished=scratch / "answers.jsonl",
             on_progress=advance,
         )
-        result.provenance["model"] = opened.name if source is None else source.name  # no path of this machine
+        # No path of this machine
+        result.provenance["model"] = name_elsewhere(opened.name) if source is None else source.name
+        if "reference" in result.settings:
+            result.settings["reference"] = name_elsewhere(result.settings["reference"])
         result.save(folder / "figures.json")
 
 
