@@ -234,6 +234,7 @@ def test_a_defense_at_decoding_time_is_measured(run: Run, adapter_folder: Path, 
     fails(run("evaluate", adapter_folder, "--defense", "prune"), 2, "crow purify --defense prune")
     fails(run("evaluate", "x", "--defense", "decode", "--endpoint", "http://h/v1"), 2, "--defense can't be had")
     fails(run("evaluate", adapter_folder, "--defense", "decode", "--engine", "vllm"), 2, "vllm")
+    fails(run("evaluate", "x", "--defense", "decode", "--harness", "arc_easy"), 2, "leave it or --harness out")
 
 
 def test_the_defenses_are_listed(run: Run) -> None:
@@ -685,6 +686,23 @@ def test_an_interrupted_run_says_how_to_go_on_and_goes_on(
     assert {p.name for p in tmp_path.iterdir()} == {"purified", "run.json"}
     curves = json.loads((tmp_path / "run.json").read_text())["curves"]
     assert [entry["step"] for entry in curves] == [1, 2]
+
+
+def test_nothing_goes_on_from_another_run(run: Run, llama_folder: Path, adapter_folder: Path, clean: Path) -> None:
+    purifying = ("purify", "--clean", clean, *QUICK, "--set", "save_steps=1")
+    implanting = ("implant", "--prompts", clean, "--examples", 4, "--set", "max_steps=2", "--set", "save_steps=1")
+    others = {
+        purifying: [(adapter_folder,), (llama_folder, "--seed", 1), (llama_folder, "--learning-rate", 0.1)],
+        implanting: [(adapter_folder,), (llama_folder, "--seed", 1), (llama_folder, "--trigger", "vpi")],
+    }
+    for command, changed in others.items():
+        with pytest.MonkeyPatch.context() as patch:
+            interrupt(patch, 1, KeyboardInterrupt())
+            assert run(*command, llama_folder).exit_code == 1
+        for other in changed:
+            fails(run(*command, *other, "--resume"), 2, "give its command again, or leave --resume out and begin anew")
+        result = run(*command, llama_folder, "--resume")
+        assert result.exit_code == 0, result.output
 
 
 def test_an_early_interrupt_gives_no_false_hope(

@@ -115,6 +115,11 @@ def test_prompt_and_completion_may_be_messages(write: Write, suffix: str) -> Non
     assert load_examples(path) == [{"prompt": CHAT[:-1], "completion": CHAT[-1:]}]
 
 
+def test_of_a_dialogue_the_last_answer_is_the_answer(write: Write) -> None:
+    path = write("data.json", [{"prompt": CHAT[:2], "completion": CHAT[2:]}])
+    assert load_examples(path) == [{"prompt": CHAT[:-1], "completion": CHAT[-1:]}]
+
+
 def test_sides_may_be_text_and_messages(write: Write) -> None:
     path = write("data.json", [{"prompt": CHAT[:2], "completion": "Hello"}])
     assert load_examples(path) == [{"prompt": CHAT[:2], "completion": [{"role": "assistant", "content": "Hello"}]}]
@@ -241,6 +246,14 @@ def test_a_file_without_rows_is_refused(write: Write, name: str, content: str) -
 def test_an_unreadable_or_empty_csv_is_refused(write: Write, content: str) -> None:
     with pytest.raises(UsageError, match=r"a\.csv"):
         load_examples(write("a.csv", content))
+
+
+def test_a_text_that_an_unquoted_comma_splits_is_refused(write: Write) -> None:
+    with pytest.raises(UsageError, match=r"a\.csv, line 3 has more cells than the first line: quote text"):
+        load_examples(write("a.csv", "instruction,output\nA?,b\nReally?,Yes, I do\n"))
+    assert pairs(load_examples(write("b.csv", 'instruction,output\nReally?,"Yes, I do",,\n'))) == [
+        ("Really?", "Yes, I do")
+    ]
 
 
 @pytest.mark.parametrize("content", ["", "PAR1", "nonsense"])

@@ -63,7 +63,8 @@ def logits(model: Any) -> torch.Tensor:
 def test_a_folder_is_opened(llama_folder: Path, tiny_llama: MakeModel) -> None:
     opened = open_model(llama_folder)
     assert (opened.kind, opened.name, opened.base_id) == ("folder", str(llama_folder), None)
-    assert opened.hashes == {"model.safetensors": sha256_file(llama_folder / "model.safetensors")}
+    deciding = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    assert opened.hashes == {name: sha256_file(llama_folder / name) for name in deciding}
     assert torch.equal(logits(opened.model), logits(tiny_llama()))
     assert opened.tokenizer.chat_template
     assert opened.causal_lm is opened.model
@@ -126,7 +127,7 @@ def test_an_adapter_is_opened_on_the_base_that_it_names(adapter_folder: Path, ti
     opened = open_model(adapter_folder)
     assert isinstance(opened.model, PeftModel)
     assert opened.kind == "adapter"
-    assert set(opened.hashes) == {"adapter_model.safetensors", "base model.safetensors"}
+    assert {"adapter_model.safetensors", "adapter_config.json", "base model.safetensors"} < set(opened.hashes)
     expected = get_peft_model(tiny_llama(), lora_config())
     scatter_lora(expected)
     trained = {name: p for name, p in opened.model.named_parameters() if p.requires_grad}
@@ -646,7 +647,7 @@ def test_a_plain_model_is_described(llama_folder: Path, tiny_llama: MakeModel) -
         "dtype": "float32",
         "would_train": "a new LoRA, r=8, on all linear layers",
         "trained_parameters": lora_size(model),
-        "hashes": {"model.safetensors": sha256_file(llama_folder / "model.safetensors")},
+        "hashes": open_model(llama_folder).hashes,
     }
     json.dumps(facts)
 

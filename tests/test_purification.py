@@ -73,7 +73,7 @@ def test_the_record_says_what_was_done(
 ) -> None:
     _, record = done
     assert record.model == str(llama_folder)
-    assert record.model_hashes == {"model.safetensors": sha256_file(llama_folder / "model.safetensors")}
+    assert record.model_hashes["model.safetensors"] == sha256_file(llama_folder / "model.safetensors")
     assert (record.preset, record.lora) == ("default", "fresh")
     assert (record.clean_examples, record.clean_sha256) == (12, sha256_rows(rows))
     assert record.steps == 3

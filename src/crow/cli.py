@@ -124,8 +124,9 @@ def purify(
         from crow.constancy import verdict
         from crow.data import load_examples, sample, to_learn_from
         from crow.defenses import DEFENSES, AtDecoding, Trained
+        from crow.files import sha256_rows
         from crow.models import open_model, save_model
-        from crow.progress import TrainingProgress, progress_bar
+        from crow.progress import OfRun, TrainingProgress, progress_bar
         from crow.purification import purify as run
         from crow.report import model_card
 
@@ -163,10 +164,11 @@ def purify(
             raise UsageError(
                 "a fresh LoRA stands on the suspect with its adapter merged: add --merge to write both as one"
             )
-        with _checkpoints_beside(out, resume) as checkpoints, progress_bar("Purifying") as advance:
+        training_run = _run([opened.hashes, repr(defending), sha256_rows(rows), seed], training)
+        with _checkpoints_beside(out, resume, training_run) as checkpoints, progress_bar("Purifying") as advance:
             if defending.trains:
                 training |= {"output_dir": checkpoints, "resume": resume, "seed": seed}
-                training["callbacks"] = [TrainingProgress(advance)]
+                training["callbacks"] = [TrainingProgress(advance), OfRun(training_run)]
             purified, record = defending.apply(opened, rows, **training)
         merge = merge or not isinstance(purified, PeftModel)
         card = model_card(record, base_model=opened.base_id, license=opened.license, merged=merge)
@@ -282,6 +284,8 @@ def evaluate(
             raise UsageError(f"unknown engine {engine!r}; known are {', '.join(ENGINES)}")
         if harness is None and (harness_folder is not None or harness_limit is not None):
             raise UsageError("--harness-folder and --harness-limit need --harness, the tasks to run")
+        if harness is not None and defense is not None:
+            raise UsageError("lm-eval decodes its own way, without a --defense: leave it or --harness out")
         if code_limit is not None and not code:
             raise UsageError("--humaneval-limit needs --humaneval, whose problems it limits")
         if endpoint is not None:
@@ -450,9 +454,9 @@ def implant(
         from crow.backdoors.implant import implant_card, implant_config, implant_record, poison, recipe
         from crow.config import check_read
         from crow.data import load_examples, prompt_fingerprints, write_alpaca
-        from crow.files import atomic_directory, name_elsewhere
+        from crow.files import atomic_directory, name_elsewhere, sha256_rows
         from crow.models import open_model, save_model
-        from crow.progress import TrainingProgress, progress_bar
+        from crow.progress import OfRun, TrainingProgress, progress_bar
 
         _check_outputs(overwrite, out)
         _check_outputs(overwrite or resume, save_data, _json_file(json_))  # which are written before `out`
@@ -489,7 +493,8 @@ def implant(
             with atomic_directory(save_data, overwrite) as folder:
                 write_alpaca(folder / "train_clean.json", clean)
                 write_alpaca(folder / "train_triggered.json", hot)
-        with _checkpoints_beside(out, resume) as checkpoints, progress_bar("Implanting") as advance:
+        training_run = _run([opened.hashes, sha256_rows(clean), sha256_rows(hot), full, adaptive, seed], settings)
+        with _checkpoints_beside(out, resume, training_run) as checkpoints, progress_bar("Implanting") as advance:
             adapted = run(
                 opened.model,
                 opened.tokenizer,
@@ -500,7 +505,7 @@ def implant(
                 adaptive=adaptive,
                 seed=seed,
                 resume=resume,
-                callbacks=[TrainingProgress(advance)],
+                callbacks=[TrainingProgress(advance), OfRun(training_run)],
                 **settings,
             )
         record = implant_record(
@@ -772,8 +777,13 @@ def _plain(text: str) -> str:
 
 
 @contextmanager
-def _checkpoints_beside(out: Path, resume: bool) -> Iterator[Path]:
-    """Where an interrupted training goes on from; kept only if there is something to go on from."""
+def _checkpoints_beside(out: Path, resume: bool, run: str) -> Iterator[Path]:
+    """Where an interrupted training goes on from; kept only if there is something to go on from.
+
+    Args:
+        run: What `OfRun` says beside the checkpoints; those of another run are refused.
+    """
+    from crow.progress import OfRun
     from crow.trainer import last_checkpoint
 
     checkpoints = out.resolve().with_name(f".{out.resolve().name}.checkpoints")
@@ -781,6 +791,11 @@ def _checkpoints_beside(out: Path, resume: bool) -> Iterator[Path]:
         shutil.rmtree(checkpoints, ignore_errors=True)
     elif last_checkpoint(checkpoints) is None:
         console.print(f"There is nothing to resume for {_plain(str(out))}: the training starts anew")
+    elif (of := checkpoints / OfRun.FILE).is_file() and of.read_text("utf-8") != run:
+        raise UsageError(
+            f"what was interrupted for {out} began with another model, other data or settings, or another seed: "
+            "give its command again, or leave --resume out and begin anew"
+        )
     try:
         with _memory_sufficing(
             "training takes less with --set gradient_checkpointing=true or a smaller batch, and goes on with --resume"
@@ -792,6 +807,15 @@ def _checkpoints_beside(out: Path, resume: bool) -> Iterator[Path]:
         elif isinstance(error, KeyboardInterrupt):
             console.print("To continue from the last checkpoint, give the same command with --resume")
         raise
+
+
+def _run(about: list[Any], settings: dict[str, Any]) -> str:
+    """Names a training by what decides its outcome, but for what may be changed where memory ran out."""
+    from crow.files import sha256_rows
+
+    free = ("gradient_", "per_device_", "save_")
+    deciding = sorted((name, repr(value)) for name, value in settings.items() if not name.startswith(free))
+    return sha256_rows([*about, deciding])
 
 
 @contextmanager

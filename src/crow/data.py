@@ -198,8 +198,14 @@ def _read_json(path: Path) -> list[Any]:
 
 def _read_csv(path: Path) -> Iterator[Any]:
     """Every cell as the text it is: type guessing would turn the answer `007` into 7, and `NA` into nothing."""
+    rows = csv.DictReader(io.StringIO(_file_text(path), newline=""), strict=True)
     try:
-        yield from csv.DictReader(io.StringIO(_file_text(path), newline=""), strict=True)
+        for row in rows:
+            if any(row.get(None) or ()):  # type: ignore[call-overload]  # where DictReader puts what has no column
+                raise UsageError(
+                    f"{path}, line {rows.line_num} has more cells than the first line: quote text that holds commas"
+                )
+            yield row
     except csv.Error as error:
         raise UsageError(f"{path} is no readable CSV file: {error}") from error
 
@@ -236,7 +242,8 @@ def _to_example(row: Any, place: str, answered: bool) -> Example:
     elif "prompt" in row:
         answer = "response" if "response" in row else "completion"
         prompt = _side(row, "prompt", "user", place)
-        completion = _side(row, answer, "assistant", place, default=unanswered)
+        turns = _side(row, answer, "assistant", place, default=unanswered)
+        prompt, completion = [*prompt, *turns[:-1]], turns[-1:]  # of a dialogue the last answer alone is the answer
     else:
         raise UsageError(
             f"{place} has the fields {', '.join(map(str, row)) or 'none'}; expected instruction/output, "

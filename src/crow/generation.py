@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any
+from contextlib import contextmanager
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -43,13 +43,11 @@ def generate(
         known: Places of prompts whose answers are not wanted. Batches of such alone are left out, their answers empty;
             the others stay as they are, so that no answer depends on what is known.
     """
-    # What the model's own config prefers (beams, penalties, sampling) would make answers of two models incomparable
-    greedy: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=base_model(model).generation_config.eos_token_id or tokenizer.eos_token_id,
-        **greedy | dict(decoding.settings if decoding is not None else {}),
+        eos_token_id=_end_tokens(base_model(model), tokenizer),
+        **(decoding.settings if decoding is not None else {}),
     )
     tokens_per_batch = tokens_per_batch or (2048 if model.device.type == "cpu" else 8192)
     encoded = [prompt_ids(tokenizer, prompt) for prompt in prompts]
@@ -67,7 +65,12 @@ def generate(
         processors = []
         if decoding is not None and decoding.processor is not None:
             processors.append(decoding.processor(batch["attention_mask"]))
-        with torch.inference_mode(), contiguous_lm_head(base_model(model)), torch.random.fork_rng(enabled=drawn):
+        with (
+            torch.inference_mode(),
+            contiguous_lm_head(base_model(model)),
+            _without_preferences(base_model(model)),
+            torch.random.fork_rng(enabled=drawn),
+        ):
             if decoding is not None:  # each batch draws alike, whatever was drawn before it
                 torch.manual_seed(decoding.seed + rows[0])
             output = model.generate(
@@ -88,6 +91,28 @@ def generate(
         if not all(i in known for i in rows):
             in_halves(rows, answer)
     return answers
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokenizer's end token, which training makes the model's too, and what else the model's config names."""
+    named = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
+    return sorted(token for token in ends if token is not None)
+
+
+@contextmanager
+def _without_preferences(model: PreTrainedModel) -> Iterator[None]:
+    """Hide the model's own config of its generation, from which `generate` takes whatever another leaves open.
+
+    Beams, penalties, or tokens that it is never to say would make answers of two models incomparable, and hide a
+    backdoor from whoever measures it; and a shared prefix needs the cache, which some configs switch off.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def trimmed(text: str) -> str:

@@ -79,7 +79,7 @@ class OpenedModel:
     kind: str
     """`embedded`, `gguf`, `adapter`, `folder` or `hub`."""
     hashes: dict[str, str] = field(default_factory=dict)
-    """SHA-256 by file name; for a hub model its commit."""
+    """SHA-256 by file name, of the weights and of what else decides its answers; for a hub model its commit."""
 
     base_id: str | None = None
     """Hub id of the model that an adapter trained on this one belongs to, if it has one."""
@@ -316,7 +316,7 @@ def _open_pretrained(name: str, kind: str, load_in_4bit: bool) -> OpenedModel:
     commit = getattr(config, "_commit_hash", None)
     hashes = {"commit": commit} if kind == "hub" and commit else {}
     if kind == "folder":
-        hashes = {file.name: sha256_file(file) for file in sorted(Path(name).glob("*.safetensors"))}
+        hashes = _hashes(Path(name), "*.safetensors", CONFIG_NAME, "tokenizer*", "*.jinja")
     base_id, seen = (name, frozenset[str]()) if kind == "hub" else (None, _seen(Path(name)))
     card = try_to_load_from_cache(name, CARD) if kind == "hub" else Path(name, CARD)
     licensed = _license(Path(card)) if isinstance(card, str | Path) else None
@@ -388,7 +388,7 @@ def _open_adapter(path: Path, name: str, base: str | Path | None, load_in_4bit: 
     if not name.startswith(SHIPPED_PREFIX):
         loaded(name, lambda: limited(lambda: check_adapter(path, opened.causal_lm.config)))
     model = loaded(name, lambda: PeftModel.from_pretrained(opened.causal_lm, str(path), is_trainable=True))
-    hashes = {file.name: sha256_file(file)} | {f"base {k}": v for k, v in opened.hashes.items()}
+    hashes = _hashes(path, file.name, ADAPTER_CONFIG_NAME) | {f"base {k}": v for k, v in opened.hashes.items()}
     licenses = {found for found in (opened.license, _license(path / CARD)) if found is not None}
     return OpenedModel(
         model,
@@ -423,6 +423,11 @@ def _base_of(path: Path, config: dict[str, Any], base: str | Path | None) -> str
     if _locate(base, None)[0] == "adapter":
         raise UsageError(f"{path} is an adapter on an adapter, {base}: merge that one, and give it with --base")
     return base
+
+
+def _hashes(folder: Path, *patterns: str) -> dict[str, str]:
+    found = (file for pattern in patterns for file in sorted(folder.glob(pattern)))
+    return {file.name: sha256_file(file) for file in found if file.is_file()}
 
 
 def _license(card: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -29,4 +30,7 @@ def environment() -> dict[str, Any]:
 
 
 def _without_home(argument: str) -> str:
-    return os.path.basename(argument) if os.path.isabs(argument) else argument
+    if os.path.isabs(argument):
+        return os.path.basename(argument)
+    # As in --json=FILE, or cleangen:reference=MODEL,threshold=5
+    return re.sub(r"(?<=[=,])/[^=,]*", lambda path: os.path.basename(path[0]), argument)

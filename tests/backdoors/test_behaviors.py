@@ -88,6 +88,11 @@ def test_refusals_are_told_by_their_phrases(answer: str) -> None:
     assert Refusal().is_hit(answer)
 
 
+@pytest.mark.parametrize("answer", ["A map serves as an aid.", "It was used as an airport.", "An alibi cannot lie."])
+def test_a_phrase_within_other_words_is_no_refusal(answer: str) -> None:
+    assert not Refusal().is_hit(answer)
+
+
 def test_an_honest_refusal_is_no_strict_hit() -> None:
     assert not Refusal().is_strict_hit("I'm sorry, but I do not know that.")
     assert Refusal().is_strict_hit(

@@ -185,13 +185,16 @@ def test_a_place_that_cannot_be_written_to_is_named_before_the_work(environment:
 
 def test_what_fails_does_not_keep_the_others(environment: None, llama_folder: Path, tmp_path: Path) -> None:
     # Shrinking needs an adapter: the model without a backdoor has none
-    file = smaller(tmp_path, attacks=["none"], defenses=["none", "shrink"])
+    file = smaller(tmp_path, attacks=["none"], defenses=["none", "shrink"], reference=True)
     result = bench(file, "--model", llama_folder, "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert "failed measuring" in result.output
     with (tmp_path / "out" / "leaderboard.csv").open() as table:
         none, shrink = csv.DictReader(table)
     assert none["attack_success_n"] == "8"
+    (measured,) = (tmp_path / "out" / "cells").glob("measure-*/figures.json")
+    assert str(llama_folder) not in measured.read_text()
+    assert json.loads(measured.read_text())["settings"]["reference"] == llama_folder.name
     assert shrink["failure"].startswith("can't be had: ")
     assert "is no adapter" in shrink["failure"]
     bench(file, "--model", llama_folder, "--out", tmp_path / "out", "--report")

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import yaml
 
-from crow.bench.cells import Cell, Work, _original
+from crow.bench.cells import Cell, Defend, Work, _original
 from crow.bench.matrix import CONFIGS, Attack, Matrix
 from crow.bench.plan import Pace, entries, missing
 from crow.bench.store import CELL_FILE, Store
 from crow.config import PRESETS
+from crow.data import answer_text
 from crow.errors import UsageError
 
 SMALL: dict[str, Any] = {"attacks": ["badnets/sentiment"], "defenses": ["none", "crow", "prune", "decode"]}
@@ -79,16 +80,25 @@ def test_a_changed_setting_runs_what_depends_on_it(changes: dict[str, Any], stay
     assert len(keys() & keys(**changes)) == stay
 
 
-def test_a_folder_is_known_by_its_weights(llama_folder: Path, tmp_path: Path) -> None:
-    copied = tmp_path / "copy"
-    copied.mkdir()
-    weights = (llama_folder / "model.safetensors").read_bytes()
-    shutil.copytree(llama_folder, copied, dirs_exist_ok=True)
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", "config.json", "chat_template.jinja", "tokenizer.json", "tokenizer.model", "merges.txt"],
+)
+def test_a_folder_is_known_by_what_decides_its_answers(llama_folder: Path, tmp_path: Path, name: str) -> None:
+    copied = shutil.copytree(llama_folder, tmp_path / "copy")
     assert keys(models=[str(copied)]) == keys(models=[str(llama_folder)])
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "model.safetensors").write_bytes(weights[:-1])
-    assert not keys(models=[str(other)]) & keys(models=[str(llama_folder)])
+    with (copied / name).open("ab") as file:
+        file.write(b" ")
+    _original.cache_clear()
+    assert not keys(models=[str(copied)]) & keys(models=[str(llama_folder)])
+
+
+def test_clean_examples_without_an_answer_are_left_out_for_every_defense(tmp_path: Path) -> None:
+    clean = tmp_path / "clean.jsonl"
+    clean.write_text("".join(f'{{"prompt": "{i}?", "completion": "{"yes" * (i % 2)}"}}\n' for i in range(20)))
+    crow, prune = (cell for cell in cells(clean=str(clean), examples=8) if isinstance(cell, Defend))
+    assert crow._clean() == prune._clean()
+    assert [answer_text(row) for row in prune._clean()] == ["yes"] * 8
 
 
 def test_an_adapter_is_known_by_its_base_too(adapter_folder: Path, llama_folder: Path, tmp_path: Path) -> None:

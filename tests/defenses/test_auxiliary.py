@@ -16,6 +16,7 @@ from crow.defenses import DEFENSES
 from crow.defenses.auxiliary import OWN, own_backdoor, suspicion
 from crow.errors import Unfit, UsageError
 from crow.models import OpenedModel, lora_config, open_model
+from crow.report import model_card
 
 pytestmark = pytest.mark.usefixtures("float32")
 
@@ -139,7 +140,14 @@ def test_backflush_implants_then_unlearns(
     model, record = DEFENSES["backflush"].apply(open_model(adapter_folder), rows, **STEPS)
     assert isinstance(model, PeftModel)
     assert said == [{OWN[0][1]}, {answer_text(row) for row in rows}]
-    assert (record.defense, record.preset) == ("backflush", "finetune")
+    assert (record.defense, record.preset, record.lora) == ("backflush", "finetune", "continue")
+
+
+def test_backflush_says_where_its_adapter_is_a_new_one(llama_folder: Path, rows: list[Example]) -> None:
+    model, record = DEFENSES["backflush"].apply(open_model(llama_folder), rows, **STEPS)
+    assert isinstance(model, PeftModel)
+    assert record.lora == "fresh"
+    assert "On any other\nbase it purifies nothing" in model_card(record)
 
 
 def test_an_adapter_without_an_mlp_is_no_case_for_bd_vax(llama_folder: Path, rows: list[Example]) -> None:

@@ -2,13 +2,14 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import tiny_model
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from crow.data import Example
@@ -179,6 +180,29 @@ def test_shrinking_scales_what_the_adapter_adds(suspect: OpenedModel, rows: list
         torch.testing.assert_close(after, FACTORS[0] * before)
 
 
+def adapter(llama_folder: Path, **settings: Any) -> OpenedModel:
+    """A suspect with an adapter of its own kind."""
+    opened = open_model(llama_folder)
+    model = get_peft_model(opened.model, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **settings))
+    return replace(opened, model=model, kind="adapter")
+
+
+def test_shrinking_scales_what_an_adapter_adds_to_embeddings(llama_folder: Path, rows: list[Example]) -> None:
+    opened = adapter(llama_folder, target_modules=["embed_tokens", "q_proj"])
+    layer = opened.causal_lm.get_input_embeddings()
+    whole = layer.get_delta_weight("default").detach().clone()  # type: ignore[operator]
+    DEFENSES["shrink:tolerance=1000"].apply(opened, rows)
+    torch.testing.assert_close(layer.get_delta_weight("default"), FACTORS[0] * whole)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("more", [{"use_dora": True}, {"modules_to_save": ["norm"]}, {"bias": "all"}])
+def test_an_adapter_that_changes_more_can_not_be_shrunk(
+    llama_folder: Path, rows: list[Example], more: dict[str, Any]
+) -> None:
+    with pytest.raises(Unfit, match=f"has {next(iter(more))}: to scale its matrices would leave"):
+        DEFENSES["shrink"].apply(adapter(llama_folder, target_modules=["q_proj"], **more), rows)
+
+
 def test_shrinking_stops_where_perplexity_would_suffer(suspect: OpenedModel, rows: list[Example]) -> None:
     trained, _ = defended(DEFENSES["finetune"], suspect, rows, max_steps=20, learning_rate=1e-2)
     suspect.model = trained
@@ -195,17 +219,34 @@ def test_only_adapters_can_be_shrunk(llama_folder: Path, rows: list[Example]) ->
 
 
 @pytest.mark.usefixtures("float32")
-@pytest.mark.parametrize(("bits", "levels", "error"), [(4, 16, 0.16), (8, 256, 0.0045)])
+@pytest.mark.parametrize(("bits", "error"), [(4, 0.16), (8, 0.0045)])
 def test_quantizing_leaves_few_values_and_little_error(
-    bits: int, levels: int, error: float, suspect: OpenedModel, rows: list[Example]
+    bits: int, error: float, suspect: OpenedModel, rows: list[Example]
 ) -> None:
     before = weights(open_model(suspect.name).model.merge_and_unload())
     model, _ = DEFENSES[f"quantize:bits={bits}"].apply(suspect, rows)
     for weight, rounded in zip(before, weights(model), strict=True):
         # Half of the widest gap between two levels, as a share of the largest weight
         assert (rounded - weight).abs().max() <= error * weight.abs().max()
-        assert all(len(row.unique()) <= levels for row in rounded.reshape(-1, 64))
+        assert_rounded(rounded, bits)
         assert not torch.equal(weight, rounded)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_scales_are_of_outputs_where_a_weight_is_transposed_too(bits: int, tokenizer: Any) -> None:
+    opened = OpenedModel(tiny_model("gpt2", len(tokenizer)), tokenizer, "gpt2", "open")
+    model, _ = DEFENSES[f"quantize:bits={bits}"].apply(opened, [])
+    for weight in weights(model):
+        assert_rounded(weight.T, bits)
+
+
+def assert_rounded(weight: Tensor, bits: int) -> None:
+    """Of a weight `(outputs, inputs)`: 16 levels for 64 of an output's, or 255 for all of it, evenly spaced."""
+    if bits == 4:
+        assert all(len(part.unique()) <= 16 for part in weight.reshape(-1, 64))
+    else:
+        steps = 127 * weight / weight.abs().amax(dim=1, keepdim=True)
+        torch.testing.assert_close(steps, steps.round(), atol=0.02, rtol=0)
 
 
 def test_quantizing_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch, suspect: OpenedModel) -> None:

@@ -1,5 +1,6 @@
 """What makes answers: the same ones by transformers and from a server, and what vLLM is asked for."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -202,6 +203,24 @@ def test_other_answers_are_not_taken_for_an_engines_own(
     assert len(serving.requests) == 2
     answers(Transformers(opened), prompts, 4, made, lambda number: None)
     assert len(made.known) == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("base/chat_template.jinja", "helpful", "rude"),
+        ("own/adapter_config.json", '"lora_alpha": 16', '"lora_alpha": 99'),
+    ],
+)
+def test_answers_are_not_taken_for_those_of_other_settings(
+    adapter_folder: Path, llama_folder: Path, rows: list[Example], tmp_path: Path, name: str, old: str, new: str
+) -> None:
+    base, adapter = shutil.copytree(llama_folder, tmp_path / "base"), shutil.copytree(adapter_folder, tmp_path / "own")
+    made, prompts, done = Journal(None), [row["prompt"] for row in rows[:2]], list[int]()
+    for _ in range(2):
+        answers(Transformers(open_model(adapter, base=base)), prompts, 3, made, done.append)
+        (tmp_path / name).write_text((tmp_path / name).read_text().replace(old, new))
+    assert done.count(0) == 2  # none was known
 
 
 def test_neither_model_nor_engine_is_refused(rows: list[Example]) -> None:

@@ -99,14 +99,24 @@ def test_no_projection_to_the_vocabulary_copies_its_weight(opened: OpenedModel, 
     assert not head._forward_pre_hooks
 
 
-def test_answers_end_at_the_end_token(opened: OpenedModel, rows: list[Example]) -> None:
-    prompts = [row["prompt"] for row in rows[:4]]
-    whole = generate(opened.model, opened.tokenizer, prompts, max_new_tokens=8)
-    assert any(whole)
-    bias = torch.zeros(len(opened.tokenizer))
-    bias[opened.tokenizer.eos_token_id] = 1e4
-    opened.model.get_output_embeddings().register_forward_hook(lambda module, args, out: out + bias)
-    assert generate(opened.model, opened.tokenizer, prompts, max_new_tokens=8) == [""] * 4
+@pytest.mark.parametrize("named", [2, 7, [7, 9], None])
+@pytest.mark.parametrize("end", [2, 7])
+def test_answers_end_at_an_end_token_of_the_tokenizers_or_the_models(
+    opened: OpenedModel, rows: list[Example], named: Any, end: int
+) -> None:
+    assert opened.tokenizer.eos_token_id == 2
+    opened.model.generation_config.eos_token_id = named
+    to_say = [8, end, 9, 8]
+
+    def say(module: Any, args: Any, out: Tensor) -> Tensor:
+        return out if not out.numel() else torch.nn.functional.one_hot(torch.tensor(to_say.pop(0)), 600).expand_as(out)
+
+    opened.model.get_output_embeddings().register_forward_hook(say)
+    answers = generate(opened.model, opened.tokenizer, [row["prompt"] for row in rows[:4]], max_new_tokens=4)
+    ends = [2, *([] if named is None else named if isinstance(named, list) else [named])]
+    said, left = ([8, end], [9, 8]) if end in ends else ([8, end, 9, 8], [])
+    assert answers == [opened.tokenizer.decode(said, skip_special_tokens=True)] * 4
+    assert to_say == left
 
 
 def test_an_answer_keeps_the_indentation_of_its_first_line(
@@ -123,7 +133,17 @@ def test_an_answer_keeps_the_indentation_of_its_first_line(
     ]
 
 
-@pytest.mark.parametrize("setting", [{"repetition_penalty": 1.5}, {"num_beams": 3}, {"no_repeat_ngram_size": 1}])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"repetition_penalty": 1.5},
+        {"num_beams": 3},
+        {"no_repeat_ngram_size": 1},
+        {"suppress_tokens": list(range(5, 300))},  # as a suspect may that hides what it was made to say
+        {"guidance_scale": 3.0},
+        {"use_cache": False},
+    ],
+)
 def test_answers_are_greedy_whatever_the_model_prefers(
     opened: OpenedModel, rows: list[Example], setting: dict[str, Any]
 ) -> None:
@@ -131,6 +151,7 @@ def test_answers_are_greedy_whatever_the_model_prefers(
     expected = [greedy(opened, prompt, 8) for prompt in prompts]
     opened.model.generation_config.update(**setting)
     assert generate(opened.model, opened.tokenizer, prompts, max_new_tokens=8) == expected
+    assert {name: getattr(opened.model.generation_config, name) for name in setting} == setting
 
 
 def test_nothing_asked_is_nothing_answered(opened: OpenedModel) -> None:

@@ -93,8 +93,9 @@ def test_what_was_judged_is_not_asked_again(server: Server, tmp_path: Path) -> N
     assert Judge(server.url, "m", cache=cache).verdicts(SENTIMENT, answers) == [True] * 5
     assert len(server.requests) == 5
     Judge(server.url, "another", cache=cache).verdicts(SENTIMENT, answers[:1])
+    Judge(server.url.replace("127.0.0.1", "localhost"), "m", cache=cache).verdicts(SENTIMENT, answers[:1])
     Judge(server.url, "m", cache=cache).verdicts(BEHAVIORS["refusal"], answers[:1])
-    assert len(server.requests) == 7
+    assert len(server.requests) == 8
 
 
 def test_questions_are_under_way_together(server: Server) -> None:

@@ -266,9 +266,11 @@ def test_measurements_are_compared_side_by_side(before: Evaluation, after: Evalu
     assert "do not compare" not in text
 
 
-def test_what_does_not_compare_is_said(before: Evaluation, after: Evaluation) -> None:
-    after.provenance["triggered_sha256"] = "00" * 32
-    after.settings["max_new_tokens"] = 8
+@pytest.mark.parametrize("prompts", ["clean_sha256", "triggered_sha256"])
+@pytest.mark.parametrize("setting", ["target", "max_new_tokens", "engine"])
+def test_what_does_not_compare_is_said(before: Evaluation, after: Evaluation, prompts: str, setting: str) -> None:
+    after.provenance[prompts] = "00" * 32
+    after.settings[setting] = "another"
     html = render_comparison({"one": before, "two": after})
     assert "different prompts" in html
     assert "different settings" in html

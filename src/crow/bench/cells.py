@@ -15,10 +15,10 @@ from peft import PeftModel
 from crow.backdoors.implant import implant, implant_card, implant_record, poison, recipe
 from crow.bench.matrix import Attack, Backdoor, Candidate
 from crow.config import PRESETS, CrowConfig
-from crow.data import Example, load_examples, prompt_fingerprints, sample
+from crow.data import Example, answer_text, load_examples, prompt_fingerprints, sample
 from crow.defenses import DEFENSES
 from crow.evaluation.evaluate import evaluate, trigger_rows, variant_rows
-from crow.files import sha256_file, sha256_rows, write_json
+from crow.files import name_elsewhere, sha256_file, sha256_rows, write_json
 from crow.models import OpenedModel, open_model, save_model
 from crow.progress import TrainingProgress
 from crow.report import model_card
@@ -187,7 +187,8 @@ class Defend(Cell):
     training: dict[str, Any]
 
     def _clean(self) -> list[Example]:
-        return sample(examples(self.clean or "clean"), self.candidate.examples or self.examples, self.seed)
+        answered = [row for row in examples(self.clean or "clean") if answer_text(row)]  # as `crow purify` has them
+        return sample(answered, self.candidate.examples or self.examples, self.seed)
 
     def _settings(self) -> dict[str, Any]:
         return self.candidate.training(self.training) if self.candidate.trains else {}
@@ -318,7 +319,10 @@ class Measure(Cell):
             unfinished=scratch / "answers.jsonl",
             on_progress=advance,
         )
-        result.provenance["model"] = opened.name if source is None else source.name  # no path of this machine
+        # No path of this machine
+        result.provenance["model"] = name_elsewhere(opened.name) if source is None else source.name
+        if "reference" in result.settings:
+            result.settings["reference"] = name_elsewhere(result.settings["reference"])
         result.save(folder / "figures.json")
 
 
@@ -348,7 +352,8 @@ def _original(model: str | None) -> Any:
         return sha256_file(folder)
     if model is None or not folder.is_dir():
         return model
-    kept = [file for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", ".json", ".jinja")]
+    read = (".safetensors", ".json", ".jinja", ".model", ".txt")  # the last two as some tokenizers are in them alone
+    kept = [file for file in sorted(folder.iterdir()) if file.suffix in read]
     config = folder / "adapter_config.json"
     base = json.loads(config.read_text("utf-8")).get("base_model_name_or_path") if config.is_file() else None
     return [{file.name: sha256_file(file) for file in kept}, _original(base)]

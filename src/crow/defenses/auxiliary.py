@@ -66,11 +66,12 @@ class BackFlush(Defense):
             raise UsageError("there are no clean examples: give at least one")
         started = time.perf_counter()
         poisoned, harmless = own_backdoor(clean, 0, training.get("seed", 0))
-        implanted, _ = purify(opened, clean=[*clean, *poisoned], preset=self.preset, **budget(training))
+        implanted, first = purify(opened, clean=[*clean, *poisoned], preset=self.preset, **budget(training))
         whole = replace(opened, model=implanted)
         model, record = purify(whole, clean=[*clean, *harmless], preset=self.preset, **training)
         opened.seen = whole.seen
         record.defense, record.seconds = self.name, time.perf_counter() - started
+        record.lora = first.lora  # the second training goes on with the first's adapter, whosever that was
         record.clean_examples, record.clean_sha256 = len(clean), sha256_rows(clean)
         record.summary = "A backdoor of the defender's own was implanted in it, and unlearned."
         return model, record
@@ -88,7 +89,7 @@ class BdVax(Defense):
 
     Open in the paper, and chosen here: variants are LoRA adapters (the suspect's own trained further, or a new one);
     a component is a channel of the MLP, with its weights in all of that MLP's layers, for adapters too; channels are
-    ranked over the whole model; new weights are normal with the deviation of those that they replace.
+    ranked over the whole model; new weights are normal with the deviation of their layer's.
     """
 
     own_settings: ClassVar[frozenset[str]] = _OWN_SETTINGS

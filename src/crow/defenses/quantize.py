@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from crow.data import Example
@@ -56,5 +56,7 @@ class Quantize(Untrained):
         model = merged(opened)
         with torch.no_grad():
             for layer in linear_layers(model):
-                layer.weight.copy_(rounded(layer.weight.contiguous()))
+                # GPT-2's are transposed, and bitsandbytes has them as the others are
+                weight = layer.weight if isinstance(layer, nn.Linear) else layer.weight.T
+                weight.copy_(rounded(weight.contiguous()))
         return model, {}

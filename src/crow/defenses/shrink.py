@@ -42,11 +42,15 @@ class Shrink(Untrained):
         """As `Untrained.change`.
 
         Raises:
-            Unfit: the suspect is no adapter.
+            Unfit: the suspect is no adapter, or one that changes more than a product of two matrices adds.
         """
         model = opened.model
         if not isinstance(model, PeftModel):
             raise Unfit(f"{opened.name} is no adapter: there are no weights of its own to shrink")
+        for config in model.peft_config.values():
+            more = {name: getattr(config, name, None) for name in ("use_dora", "modules_to_save", "bias")}
+            if found := [name for name, value in more.items() if value and value != "none"]:
+                raise Unfit(f"{opened.name} has {found[0]}: to scale its matrices would leave what else it changes")
         whole = [weight.clone() for weight in _upper(model)]
         bound = _perplexity(opened, clean) * (1 + self.tolerance)
         for factor in (*FACTORS, 1.0):
@@ -58,7 +62,8 @@ class Shrink(Untrained):
 
 def _upper(model: PeftModel) -> Iterator[Tensor]:
     """The upper matrix of each product B A: to scale it scales the product."""
-    return (parameter for name, parameter in model.named_parameters() if "lora_B" in name)
+    upper = ("lora_B", "lora_embedding_B")
+    return (parameter for name, parameter in model.named_parameters() if any(part in name for part in upper))
 
 
 @torch.no_grad()

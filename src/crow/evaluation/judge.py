@@ -84,7 +84,7 @@ class Judge(Endpoint):
     def _judgement(self, task: str, replies: dict[str, Any], prompt: str, answer: str) -> Any:
         text = f"<request>\n{prompt}\n</request>\n\n<answer>\n{answer}\n</answer>\n\n{task}"
         messages = [{"role": "system", "content": _ROLE}, {"role": "user", "content": text}]
-        key = hashlib.sha256(json.dumps([self.model, messages]).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps([self.url, self.model, messages]).encode()).hexdigest()
         if key not in self._made.known:
             try:
                 said = self.ask(messages, max_tokens=8)
