@@ -1069,6 +1069,19 @@ def test_without_chats_the_whole_answer_sees_the_inserted_tokens(
         assert (perturbed.answers.int().argmax(1) > (insertions[-1] == length + 2).int().argmax(1) - 1).all()
 
 
+@pytest.mark.parametrize("form", [as_messages, as_text])
+@pytest.mark.parametrize("perturbation", ["inserted", "random"])
+def test_without_prompts_all_that_is_weighed_sees_the_inserted_tokens(
+    make: Any, rows: list[Example], form: Any, perturbation: str
+) -> None:
+    trainer = make(data=form(rows[:8]), perturbation=perturbation)
+    batch = first_batch(trainer)
+    places = trainer._places(batch, torch.ones(8, 2))
+    answers = crow.trainer.answer_positions(batch["labels"])
+    assert (answers.int().argmax(1) == places).all()  # the last token of the prompt, behind what is inserted
+    assert batch["attention_mask"].sum(1).sub(1).sub(answers.sum(1)).equal(places)
+
+
 def test_without_prompts_tokens_are_inserted_in_the_first_half(
     make: Any, rows: list[Example], insertions: list[Tensor]
 ) -> None:
@@ -1208,6 +1221,7 @@ def test_counts_must_be_whole_numbers(tmp_path: Path, name: str, value: float) -
         ({"anchor_discount": 1.5}, "anchor_discount is 1.5; it must be at most 1"),
         ({"answer_discount": 1.5}, "answer_discount is 1.5; it must be at most 1"),
         ({"packing": True}, "packing"),
+        ({"completion_only_loss": False}, "leave completion_only_loss=False out"),
         ({"padding_free": True}, "packing"),
         ({"alpha": 1.0, "beta": None}, "relative alpha is measured against another term"),
         ({"perturbation": "none"}, "trains nothing"),

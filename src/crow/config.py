@@ -147,6 +147,8 @@ class CrowConfig(SFTConfig):
             raise UsageError("reentrant checkpointing allows one backward a pass: set use_reentrant to False")
         if self.padding_free or self.packing:
             raise UsageError("packing and padding-free batches have no place to insert tokens at: leave both off")
+        if self.completion_only_loss is False and self.inserts:
+            raise UsageError("inserted tokens are there to change answers: leave completion_only_loss=False out")
         if self.alpha is not None and self.alpha_relative and self.beta is None and not self.clean_trains:
             raise UsageError("a relative alpha is measured against another term: set beta, or objective 'lm'")
         if not self.perturbs and not self.clean_trains:
@@ -161,6 +163,11 @@ class CrowConfig(SFTConfig):
     def perturbs(self) -> bool:
         """Whether there is a perturbed pass."""
         return self.perturbation != "none" and not (self.beta is None and self.alpha is None)
+
+    @property
+    def inserts(self) -> bool:
+        """Whether the perturbation is tokens that stand before an answer."""
+        return self.perturbs and self.perturbation in _INSERTING
 
 
 CHOSEN = {"seed", "output_dir", "resume_from_checkpoint", "trust_remote_code"} | {

@@ -146,6 +146,8 @@ class CrowTrainer(SFTTrainer):
             kwargs.setdefault("processing_class", opened.tokenizer)
         super().__init__(model, args if args is not None else CrowConfig(), **kwargs)
         self.train_dataset: Any = _numbered(self.train_dataset)
+        if self.args.inserts and self.train_dataset is not None:
+            self.train_dataset = self.train_dataset.map(lambda row: {"labels": _answer_labels(row["labels"])})
         self.data_collator: _Collator = _Collator(self.data_collator)
         self._signs = self.args.perturbation == "sign"
         self._check_sharding()
@@ -815,6 +817,13 @@ def _numbered(data: Any) -> Any:
     return data.remove_columns(own).add_column("example_id", list(range(len(data))))
 
 
+def _answer_labels(labels: list[int]) -> list[int]:
+    """A text that is labeled from its first token on has its first half as prompt: else D, which weighs an answer's
+    beginning most, would weigh what stands before the inserted tokens, and cannot see them."""
+    prompt = len(labels) // 2 if labels and labels[0] != -100 else 0
+    return [-100] * prompt + labels[prompt:]
+
+
 def last_checkpoint(folder: str | Path) -> str | None:
     """The newest checkpoint there that was written to its end; a training that was killed may have left another."""
     whole = [file.parent for file in Path(folder).glob(f"checkpoint-*/{STATE_FILE}")]
@@ -839,7 +848,7 @@ def user_span(tokenizer: Any, prompt: list[dict[str, str]]) -> list[int]:
 
 
 def _prompt_ends(labels: Tensor, attention_mask: Tensor) -> Tensor:
-    """`(batch,)`: where each row's answer begins; half of the row where all of it is labeled."""
+    """`(batch,)`: where each row's answer begins; half of the row where all of it is labeled, as for the sign step."""
     first = (labels != -100).int().argmax(dim=1)
     return torch.where(first > 0, first, attention_mask.sum(dim=1) // 2).clamp(min=1)
 
