@@ -1,7 +1,9 @@
 """The training step: its terms, gradients, costs and state."""
 
+import copy
 import gc
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -90,6 +92,7 @@ def make(tokenizer: PreTrainedTokenizerFast, rows: list[Example], tiny_llama: Ma
         trainer: type[CrowTrainer] = CrowTrainer,
         callbacks: list[TrainerCallback] | None = None,
         fresh_lora: bool = False,
+        processing_class: Any = tokenizer,
         **settings: Any,
     ) -> CrowTrainer:
         torch.manual_seed(0)
@@ -104,7 +107,7 @@ def make(tokenizer: PreTrainedTokenizerFast, rows: list[Example], tiny_llama: Ma
             model,
             config,
             train_dataset=data if isinstance(data, Dataset) else to_dataset(data),
-            processing_class=tokenizer,
+            processing_class=processing_class,
             peft_config=None if isinstance(model, PeftModel) else lora_config(),
             callbacks=callbacks,
         )
@@ -773,6 +776,29 @@ def test_user_span_of_a_placeholder_is_in_the_message(tokenizer: PreTrainedToken
     ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
     start, end = user_span(tokenizer, prompt)
     assert tokenizer.decode(ids[start:end]) == text
+
+
+@pytest.mark.parametrize("text", ["Hello there", "Hi", "~"])
+def test_the_last_token_of_a_prompt_stays_last(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    number = len(bare(text)["input_ids"])
+    assert user_span(bare, [{"role": "user", "content": text}]) == [0, number - 1]
+
+
+@pytest.mark.parametrize("as_text", [True, False])
+def test_tools_and_what_else_a_template_is_given_are_before_the_user(
+    make: Any, tokenizer: PreTrainedTokenizerFast, rows: list[Example], as_text: bool
+) -> None:
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = "{{ tools }}{{ more }}" + str(own.chat_template)
+    tools = [{"type": "function", "function": {"name": "weather", "description": "Tells the weather in a city"}}]
+    given = {"tools": json.dumps(tools) if as_text else tools, "chat_template_kwargs": {"more": "Think hard. " * 9}}
+    data = Dataset.from_list([{**row, **given} for row in rows[:8]])
+    trainer = make(data=data, processing_class=own)
+    for row, trained in zip(rows, trainer.train_dataset, strict=False):
+        start, end = trained["user_span"]
+        assert own.decode(trained["input_ids"][start:end]) == user_text(row)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -210,7 +211,9 @@ class CrowTrainer(SFTTrainer):
     def _prepare_dataset(self, dataset: Any, processing_class: Any, *args: Any, **kwargs: Any) -> Any:
         first = next(iter(dataset))
         if "user_span" not in first and isinstance(first.get("prompt"), list):
-            dataset = dataset.map(lambda row: {"user_span": user_span(processing_class, row["prompt"])})
+            dataset = dataset.map(
+                lambda row: {"user_span": user_span(processing_class, row["prompt"], **_rendering(row))}
+            )
         dataset = super()._prepare_dataset(dataset, processing_class, *args, **kwargs)
         if isinstance(dataset, Dataset) and len(dataset) == 0:
             raise UsageError("no example is left after truncation: raise max_length, or give shorter prompts")
@@ -830,21 +833,29 @@ def last_checkpoint(folder: str | Path) -> str | None:
     return str(max(whole, key=lambda place: int(place.name.rpartition("-")[2]))) if whole else None
 
 
-def user_span(tokenizer: Any, prompt: list[dict[str, str]]) -> list[int]:
+def _rendering(row: dict[str, Any]) -> dict[str, Any]:
+    """What the parent gives to the chat template beside a row's messages."""
+    tools = row.get("tools")
+    return {"tools": json.loads(tools) if isinstance(tools, str) else tools, **(row.get("chat_template_kwargs") or {})}
+
+
+def user_span(tokenizer: Any, prompt: list[dict[str, str]], **rendering: Any) -> list[int]:
     """Where the last user message lies in the tokenized prompt: tokens may be inserted from `start` to `end`.
 
-    Found by rendering the prompt once more with another message in its place, so it holds for any chat template.
+    Found by rendering the prompt once more with another message in its place, so it holds for any chat template, with
+    whatever it is given beside the messages. The prompt's last token stays last: the answer is predicted from it.
     """
     last = max(i for i, message in enumerate(prompt) if message["role"] == "user")
     placeholder = "#" if prompt[last]["content"].startswith("~") else "~"
     other = [{**message, "content": placeholder} if i == last else message for i, message in enumerate(prompt)]
     real, changed = (
-        tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, **rendering)["input_ids"]
         for messages in (prompt, other)
     )
     start = len(common_prefix([real, changed]))
     room = min(len(real), len(changed)) - start
-    return [start, len(real) - min(len(common_prefix([real[::-1], changed[::-1]])), room)]
+    end = len(real) - min(len(common_prefix([real[::-1], changed[::-1]])), room)
+    return [min(place, len(real) - 1) for place in (start, end)]
 
 
 def _prompt_ends(labels: Tensor, attention_mask: Tensor) -> Tensor:
