@@ -48,6 +48,7 @@ from crow.models import (
     save_model,
     shipped_backdoors,
 )
+from crow.purification import purify
 
 pytestmark = pytest.mark.usefixtures("float32")
 
@@ -174,6 +175,30 @@ def test_a_tokenizer_without_chat_template_gets_a_plain_one(
     start = opened.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     assert start == "### User:\nHi\n\n### Assistant:\n"
     assert generate(opened.model, opened.tokenizer, [prompt], max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "pads"),
+    [
+        ({"pad_token": "<|pad|>"}, "<|im_end|>"),  # its id is behind the last embedding
+        ({"pad_token": None, "eos_token": None}, "<|endoftext|>"),
+    ],
+)
+def test_a_tokenizer_without_a_usable_padding_token_gets_one(
+    llama_folder: Path, tmp_path: Path, change: dict[str, Any], pads: str
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+    if change["pad_token"]:
+        tokenizer.add_special_tokens(change)
+    for name in [name for name, token in change.items() if token is None]:
+        setattr(tokenizer, name, None)
+    folder = save_folder(AutoModelForCausalLM.from_pretrained(llama_folder), tokenizer, tmp_path / "model")
+    opened = open_model(folder)
+    assert opened.tokenizer.pad_token == pads
+    rows = load_examples("clean")[:4]
+    assert len(generate(opened.model, opened.tokenizer, [row["prompt"] for row in rows], max_new_tokens=2)) == 4
+    _, record = purify(opened, clean=rows, max_steps=1, soft_token_warmup=1)
+    assert math.isfinite(record.curves[0]["loss"])
 
 
 def test_a_tokenizer_with_chat_template_is_kept(llama_folder: Path, caplog: pytest.LogCaptureFixture) -> None:

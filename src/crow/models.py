@@ -320,7 +320,8 @@ def _open_pretrained(name: str, kind: str, load_in_4bit: bool) -> OpenedModel:
     base_id, seen = (name, frozenset[str]()) if kind == "hub" else (None, _seen(Path(name)))
     card = try_to_load_from_cache(name, CARD) if kind == "hub" else Path(name, CARD)
     licensed = _license(Path(card)) if isinstance(card, str | Path) else None
-    return OpenedModel(model, _with_template(tokenizer, name), name, kind, hashes, base_id, seen, license=licensed)
+    tokenizer = _with_template(tokenizer, name, model)
+    return OpenedModel(model, tokenizer, name, kind, hashes, base_id, seen, license=licensed)
 
 
 def _open_gguf(path: Path, name: str, kind: str) -> OpenedModel:
@@ -354,7 +355,8 @@ def _open_gguf(path: Path, name: str, kind: str) -> OpenedModel:
         check_template(tokenizer, name)
     base_id = EMBEDDED_ID if kind == "embedded" else None
     model.config._name_or_path = model.name_or_path = tokenizer.name_or_path = base_id or str(path)
-    return OpenedModel(model, _with_template(tokenizer, name), name, kind, {path.name: sha256_file(path)}, base_id)
+    tokenizer = _with_template(tokenizer, name, model)
+    return OpenedModel(model, tokenizer, name, kind, {path.name: sha256_file(path)}, base_id)
 
 
 def _embedded_file() -> Path | None:
@@ -498,9 +500,11 @@ def _gguf_dtype() -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_available() else cast(torch.dtype, _dtype())
 
 
-def _with_template(tokenizer: Any, name: str) -> PreTrainedTokenizerBase:
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+def _with_template(tokenizer: Any, name: str, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    vocabulary = model.config.get_text_config().vocab_size
+    if tokenizer.pad_token is None or tokenizer.pad_token_id >= vocabulary:  # one that was added has no embedding
+        # Any will do, since it is masked; not every tokenizer has one that ends a text
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     if tokenizer.chat_template is None:
         logger.warning("%s has no chat template: prompts take the plain form '### User:' / '### Assistant:'", name)
         tokenizer.chat_template = PLAIN_TEMPLATE

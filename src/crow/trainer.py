@@ -723,7 +723,7 @@ class CrowTrainer(SFTTrainer):
         """`(vocabulary,)`, bool: which tokens are in the tokenizer and not special."""
         words = torch.zeros(len(self._embed.weight), dtype=torch.bool)
         words[: len(self.processing_class)] = True
-        words[self.processing_class.all_special_ids] = False
+        words[[i for i in self.processing_class.all_special_ids if i < len(words)]] = False
         return words.to(self.args.device)
 
     # Checkpoints
