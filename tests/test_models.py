@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import MakeModel, save_folder, scatter_lora, tiny_gguf, tiny_model
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
-from peft import IA3Config, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -550,6 +550,17 @@ def test_weights_that_are_not_finite_are_named(value: float, weights_file: Path)
     weights[name][3, 2] = value
     save_file(weights, weights_file, metadata={"format": "pt"})
     refused(weights_file.parent, "is damaged: .*down_proj.* holds values that are not finite")
+
+
+@pytest.mark.parametrize("own", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [5]}, {"bias": "all"}])
+def test_weights_of_an_adapter_beside_its_lora_must_be_finite(llama_folder: Path, tmp_path: Path, own: Any) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama_folder, attention_bias=True)
+    base = save_folder(model, AutoTokenizer.from_pretrained(llama_folder), tmp_path / "base")
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", **own))
+    weight = next(p for name, p in adapted.named_parameters() if p.requires_grad and "lora_" not in name)
+    weight.data.view(-1)[3] = math.nan
+    adapted.save_pretrained(tmp_path / "adapter")
+    refused(tmp_path / "adapter", "adapter is damaged: .* holds values that are not finite", base=base)
 
 
 @pytest.mark.parametrize("left", [0, 5, 5000])

@@ -165,7 +165,7 @@ def open_model(
     """
     opened = _open(source, base, load_in_4bit)
     for name, weight in opened.model.named_parameters():
-        new = opened.kind != "adapter" or "lora_" in name  # an adapter's base was looked at when it was opened
+        new = opened.kind != "adapter" or weight.requires_grad  # an adapter's base was looked at when it was opened
         if new and not weight.is_meta and not torch.isfinite(weight).all():
             raise UsageError(f"{opened.name} is damaged: {name} holds values that are not finite; get it anew")
     if os.environ.get("ACCELERATE_USE_FSDP") != "true":  # which brings each process its shard
