@@ -638,6 +638,18 @@ def test_a_merged_model_stands_alone(adapted: OpenedModel, tmp_path: Path) -> No
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
 
 
+@pytest.mark.parametrize("layer", ["embed_tokens", "lm_head"])
+def test_an_adapter_of_tied_embeddings_is_merged_into_one_of_them(
+    llama_folder: Path, tmp_path: Path, layer: str
+) -> None:
+    config = LoraConfig(target_modules=["q_proj", layer], task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(llama_folder), config)
+    scatter_lora(model)
+    expected = logits(model)
+    save_model(model, AutoTokenizer.from_pretrained(llama_folder), tmp_path / "out", merge=True)
+    torch.testing.assert_close(logits(open_model(tmp_path / "out").model), expected)
+
+
 def test_the_tokenizers_class_is_one_that_transformers_before_5_knows(adapted: OpenedModel, tmp_path: Path) -> None:
     save_model(adapted.model, adapted.tokenizer, tmp_path / "out", merge=True)
     config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())

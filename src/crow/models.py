@@ -19,6 +19,7 @@ from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.constants import REPOCARD_NAME as CARD
 from huggingface_hub.repocard import metadata_load
 from peft import LoraConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -134,7 +135,17 @@ def merged(model: PeftModel) -> PreTrainedModel:
             "the model is open in 4 bits, and what is merged into those is rounded away: write the adapter, which the "
             "whole model takes too"
         )
+    _untie(base_model(model))
     return cast(PreTrainedModel, cast(Any, model).merge_and_unload())
+
+
+def _untie(model: PreTrainedModel) -> None:
+    """Give the head its own copy of the input embedding's weights where a LoRA is on one of them, and not on both."""
+    layers = model.get_input_embeddings(), model.get_output_embeddings()
+    if layers[0].weight is layers[1].weight and any(isinstance(layer, BaseTunerLayer) for layer in layers):
+        head = getattr(layers[1], "base_layer", layers[1])
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
 
 
 def shipped_backdoors() -> dict[str, Path]:
