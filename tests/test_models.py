@@ -625,6 +625,17 @@ def test_what_the_shipped_backdoors_were_trained_on_is_known() -> None:
         assert not _seen(folder) & {*prompt_fingerprints(load_examples("heldout"))}
 
 
+@pytest.mark.parametrize("contradiction", [{"do_sample": False, "temperature": 0.6}, {"early_stopping": True}])
+def test_a_generation_config_that_contradicts_itself_is_no_obstacle(
+    hostile: Path, tmp_path: Path, contradiction: dict[str, Any]
+) -> None:
+    (hostile / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5], **contradiction}))
+    opened = open_model(hostile)
+    opened.model, _ = purify(opened, clean=load_examples("clean")[:4], preset="finetune", max_steps=1)
+    save_model(opened.model, opened.tokenizer, tmp_path / "out", merge=True)
+    assert open_model(tmp_path / "out").causal_lm.generation_config.eos_token_id == [2, 5]
+
+
 def test_a_merged_model_stands_alone(adapted: OpenedModel, tmp_path: Path) -> None:
     expected = logits(adapted.model)
     save_model(adapted.model, adapted.tokenizer, tmp_path / "out", merge=True, card="# Card")

@@ -25,6 +25,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -48,6 +49,7 @@ from crow.inspection import (
     check_template,
     check_weights,
     loaded,
+    one_line,
 )
 from crow.limits import limited
 
@@ -320,6 +322,7 @@ def _open_pretrained(name: str, kind: str, load_in_4bit: bool) -> OpenedModel:
         )
     if missing := sorted(loading["missing_keys"]):  # which would be random numbers
         raise UsageError(f"{name} is broken: {missing[0]} and {len(missing) - 1} others are not among its weights")
+    _mend_generation_config(model, name)
     for layer in model.modules():
         # On a CPU, an evaluation would repack the weights for a kernel that passes no gradient on, and leave them so
         if hasattr(layer, "support_avx512bf16_for_cpu"):
@@ -333,6 +336,17 @@ def _open_pretrained(name: str, kind: str, load_in_4bit: bool) -> OpenedModel:
     licensed = _license(Path(card)) if isinstance(card, str | Path) else None
     tokenizer = _with_template(tokenizer, name, model)
     return OpenedModel(model, tokenizer, name, kind, hashes, base_id, seen, license=licensed)
+
+
+def _mend_generation_config(model: PreTrainedModel, name: str) -> None:
+    """Of one that contradicts itself keep the special tokens: transformers reads it, but trains no such model."""
+    config = model.generation_config
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        logger.warning("%s: of its generation_config.json only the special tokens are kept: %s", name, one_line(error))
+        tokens = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        model.generation_config = GenerationConfig(**tokens)
 
 
 def _open_gguf(path: Path, name: str, kind: str) -> OpenedModel:
