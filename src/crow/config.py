@@ -233,7 +233,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 _INSERTING = ("inserted", "random")
-_READ_ONLY_WITH: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
+_READ_ONLY_WITH: tuple[tuple[str, tuple[object, ...], tuple[str, ...]], ...] = (
     ("perturbation", ("sign",), ("epsilon", "epsilon_relative")),
     ("perturbation", _INSERTING, ("front_fraction", "soft_tokens")),
     (
@@ -252,7 +252,9 @@ _READ_ONLY_WITH: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("perturbation", (*_INSERTING, "sign"), ("alpha", "beta", "answer_discount")),
     ("perturbation", (*_INSERTING, "none"), ("anchor_fraction",)),
     ("objective", ("suspect",), ("anchor", "anchor_fraction", "anchor_discount", "target_top_k")),
+    ("ascend_on", ("answer",), ("ascend_every",)),
     ("alpha", (), ("alpha_relative", "calibration_steps")),
+    ("alpha_relative", (True,), ("calibration_steps",)),
     ("anchor", (), ("anchor_fraction", "anchor_discount")),
 )
 """A setting, the values under which others are read (any but `None`, where none are named), and these others."""
@@ -266,7 +268,8 @@ def unread(settings: Mapping[str, Any]) -> dict[str, str]:
         if value in choices or (not choices and value is not None):
             continue
         preset = next((p for p in PRESETS if PRESETS[p].get(deciding, getattr(CrowConfig, deciding)) in choices), None)
-        remedy = f"set {deciding}" if preset is None else f"choose {' or '.join(choices)}, as preset {preset!r} does"
+        choice = " or ".join(map(str, choices))
+        remedy = f"set {deciding}" if preset is None else f"choose {choice}, as preset {preset!r} does"
         for name in names:
             if settings.get(name) is not None:
                 found[name] = f"{name} is not read while {deciding} is {value}: {remedy}, or leave {name} out"
