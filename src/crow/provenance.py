@@ -29,4 +29,5 @@ def environment() -> dict[str, Any]:
 
 
 def _without_home(argument: str) -> str:
-    return os.path.basename(argument) if os.path.isabs(argument) else argument
+    name, equals, value = argument.rpartition("=")  # as in --out=PATH
+    return name + equals + (os.path.basename(value) if os.path.isabs(value) else value)
