@@ -45,6 +45,7 @@ from crow.inspection import (
     check_decoder_only,
     check_files,
     check_hub,
+    check_lora,
     check_rank,
     check_template,
     check_weights,
@@ -62,6 +63,7 @@ SHIPPED_PREFIX = "crow:"
 _ASSETS = Path(str(files("crow") / "assets"))
 _SEEN = "training_prompts.json"
 _ADAPTER_FILES = [ADAPTER_CONFIG_NAME, "adapter_model.safetensors", CARD, _SEEN]
+_LORA_SIZES = ("r", "target_modules", "rank_pattern")  # what decides how large an adapter is
 _CARD_LIMIT = 100_000  # bytes; longer ones would take their time to be parsed
 
 PLAIN_TEMPLATE = (
@@ -214,8 +216,10 @@ def open_config(source: str | Path | None = None, *, base: str | Path | None = N
     kind, name, path = _locate(source, base)
     if kind == "adapter":
         own = _adapter_config(path)
-        lora = LoraConfig(**{key: own[key] for key in ("r", "target_modules", "rank_pattern") if own.get(key)})
-        return open_config(_base_of(path, own, base))[0], lora
+        config = open_config(_base_of(path, own, base))[0]
+        lora = loaded(name, lambda: LoraConfig(**{key: own[key] for key in _LORA_SIZES if own.get(key)}))
+        loaded(name, lambda: limited(lambda: check_lora(lora, config)))
+        return config, lora
     return _config(kind, name, path), lora_config()
 
 
