@@ -949,6 +949,25 @@ def test_a_checkpoint_of_other_settings_is_refused(make: Any, tmp_path: Path) ->
         make(**ONE_SOFT).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"soft_tokens": 3}, "can't be resumed: .*size mismatch"),
+        ({"rows": slice(1, 9)}, "can't be resumed: it was trained on other examples"),
+        ({"rows": slice(0, 9)}, "can't be resumed: it was trained on other examples"),
+    ],
+)
+def test_a_checkpoint_of_other_shapes_or_examples_is_refused(
+    make: Any, rows: list[Example], tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    make(save_strategy="steps", save_steps=1, max_steps=1, **ONE_SOFT).train()
+    data = rows[changes.pop("rows", slice(8))]
+    with pytest.raises(UsageError, match=said):
+        make(data=data, max_steps=2, **ONE_SOFT | changes).train(
+            resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1")
+        )
+
+
 def test_a_second_training_holds_to_what_the_suspect_said_before_the_first(make: Any) -> None:
     trainer = make(max_steps=1)
     trainer.train()

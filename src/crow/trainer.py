@@ -26,7 +26,9 @@ from crow.consistency import aligned_inconsistency, layer_consistency
 from crow.constancy import PLANTED, STANDING_OUT, ConstantAnswer, constant_answers
 from crow.divergence import answer_positions, answer_weights, kl_from_top, ruling_out, top_log_probs
 from crow.errors import CrowError, UsageError
+from crow.files import sha256_rows
 from crow.hooks import Recording, lm_head_at, record
+from crow.inspection import one_line
 from crow.models import base_model, open_model
 from crow.perturbation import (
     GuessedTriggers,
@@ -741,6 +743,7 @@ class CrowTrainer(SFTTrainer):
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             state: dict[str, Any] = {
+                "examples": self._examples,
                 "ratios": self._ratios,
                 "targets": [(ids.int(), log_probs) for ids, log_probs in self._targets],
                 "constant_answers": [astuple(answer) for answer in self.constant_answers],
@@ -766,6 +769,8 @@ class CrowTrainer(SFTTrainer):
             raise UsageError(f"{checkpoint} has no {STATE_FILE}: it is no checkpoint of CrowTrainer's")
         state = torch.load(file, weights_only=True, map_location="cpu")
         try:
+            if state["examples"] != self._examples:  # by whose place in the data set the targets are kept
+                raise CrowError("it was trained on other examples")
             self._ratios, self.first_guesses = state["ratios"], state["first_guesses"]
             self._targets = [(ids.long(), log_probs) for ids, log_probs in state["targets"]]
             self.constant_answers = [ConstantAnswer(*answer) for answer in state["constant_answers"]]
@@ -781,6 +786,16 @@ class CrowTrainer(SFTTrainer):
             raise UsageError(
                 f"{checkpoint} holds no {error.args[0]}: another version of CROW, or other settings"
             ) from error
+        except (CrowError, RuntimeError, ValueError) as error:  # of shapes that do not fit
+            raise UsageError(
+                f"{checkpoint} can't be resumed: {one_line(error)}; give the settings and the data that it began with, "
+                "or begin anew"
+            ) from error
+
+    @cached_property
+    def _examples(self) -> str | None:
+        """What the data set holds, if that is known before it is read."""
+        return sha256_rows(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None
 
     # Small things
 
