@@ -180,6 +180,35 @@ def test_existing_figures_are_not_replaced(run: Run, llama_folder: Path, tmp_pat
     assert (tmp_path / "figures.json").read_text() == "mine"
 
 
+@pytest.mark.parametrize("command", ["info", "defenses"])
+def test_existing_facts_are_not_replaced(run: Run, llama_folder: Path, tmp_path: Path, command: str) -> None:
+    (tmp_path / "facts.json").write_text("mine")
+    model = (llama_folder,) if command == "info" else ()
+    fails(run(command, *model, "--json", "facts.json"), 2, "facts.json exists already")
+    assert (tmp_path / "facts.json").read_text() == "mine"
+    assert run(command, *model, "--json", "facts.json", "--overwrite").exit_code == 0
+    assert json.loads((tmp_path / "facts.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("command", "option"), [("purify", "--json"), ("implant", "--json"), ("implant", "--save-data")]
+)
+def test_what_would_lie_in_the_output_is_refused_before_the_work(
+    run: Run, tmp_path: Path, command: str, option: str
+) -> None:
+    for more in ((), ("--overwrite",)):
+        result = run(command, "no-such-model", "--out", "out", option, "out/more", *more)
+        fails(result, 2, "out/more lies in --out out, which is written as a whole")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["purify", "implant", "evaluate", "info", "defenses"])
+def test_figures_are_no_folder(run: Run, tmp_path: Path, command: str) -> None:
+    (tmp_path / "folder").mkdir()
+    model = () if command == "defenses" else ("no-such-model",)
+    fails(run(command, *model, "--json", "folder", "--overwrite"), 2, "--json folder is a folder: name a file")
+
+
 def test_existing_answers_are_not_replaced(run: Run, llama_folder: Path, clean: Path, tmp_path: Path) -> None:
     (tmp_path / "figures.answers.jsonl").write_text("mine")
     run("evaluate", llama_folder, "--prompts", clean, "-n", 1, "--max-new-tokens", 1, "--json", "figures.json")
@@ -344,8 +373,12 @@ def test_a_place_that_cannot_be_written_is_named_before_the_work(
     fails(run(command, "no-such-model", option, "file/below"), 1, "file/below: Not a directory")
 
 
+SEEDS = tuple([command, "--seed", seed] for command in ("purify", "implant", "evaluate") for seed in ("-1", str(2**32)))
+
+
 def test_numbers_out_of_range_are_usage_errors(run: Run, llama_folder: Path) -> None:
-    for arguments in (["purify", "--examples", "0"], ["purify", "--batch-size", "x"], ["evaluate", "-n", "0"]):
+    counts = (["purify", "--examples", "0"], ["purify", "--batch-size", "x"], ["evaluate", "-n", "0"])
+    for arguments in (*counts, *SEEDS):
         result = run(arguments[0], llama_folder, *arguments[1:])
         assert result.exit_code == 2
         assert "Invalid value" in result.output

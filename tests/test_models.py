@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import MakeModel, save_folder, scatter_lora, tiny_gguf, tiny_model
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
-from peft import IA3Config, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -48,6 +48,7 @@ from crow.models import (
     save_model,
     shipped_backdoors,
 )
+from crow.purification import purify
 
 pytestmark = pytest.mark.usefixtures("float32")
 
@@ -175,6 +176,30 @@ def test_a_tokenizer_without_chat_template_gets_a_plain_one(
     start = opened.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     assert start == "### User:\nHi\n\n### Assistant:\n"
     assert generate(opened.model, opened.tokenizer, [prompt], max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "pads"),
+    [
+        ({"pad_token": "<|pad|>"}, "<|im_end|>"),  # its id is behind the last embedding
+        ({"pad_token": None, "eos_token": None}, "<|endoftext|>"),
+    ],
+)
+def test_a_tokenizer_without_a_usable_padding_token_gets_one(
+    llama_folder: Path, tmp_path: Path, change: dict[str, Any], pads: str
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+    if change["pad_token"]:
+        tokenizer.add_special_tokens(change)
+    for name in [name for name, token in change.items() if token is None]:
+        setattr(tokenizer, name, None)
+    folder = save_folder(AutoModelForCausalLM.from_pretrained(llama_folder), tokenizer, tmp_path / "model")
+    opened = open_model(folder)
+    assert opened.tokenizer.pad_token == pads
+    rows = load_examples("clean")[:4]
+    assert len(generate(opened.model, opened.tokenizer, [row["prompt"] for row in rows], max_new_tokens=2)) == 4
+    _, record = purify(opened, clean=rows, max_steps=1, soft_token_warmup=1)
+    assert math.isfinite(record.curves[0]["loss"])
 
 
 def test_a_tokenizer_with_chat_template_is_kept(llama_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -528,6 +553,17 @@ def test_weights_that_are_not_finite_are_named(value: float, weights_file: Path)
     refused(weights_file.parent, "is damaged: .*down_proj.* holds values that are not finite")
 
 
+@pytest.mark.parametrize("own", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [5]}, {"bias": "all"}])
+def test_weights_of_an_adapter_beside_its_lora_must_be_finite(llama_folder: Path, tmp_path: Path, own: Any) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama_folder, attention_bias=True)
+    base = save_folder(model, AutoTokenizer.from_pretrained(llama_folder), tmp_path / "base")
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", **own))
+    weight = next(p for name, p in adapted.named_parameters() if p.requires_grad and "lora_" not in name)
+    weight.data.view(-1)[3] = math.nan
+    adapted.save_pretrained(tmp_path / "adapter")
+    refused(tmp_path / "adapter", "adapter is damaged: .* holds values that are not finite", base=base)
+
+
 @pytest.mark.parametrize("left", [0, 5, 5000])
 def test_cut_off_weights_are_refused(left: int, weights_file: Path) -> None:
     weights_file.write_bytes(weights_file.read_bytes()[:left])
@@ -590,6 +626,17 @@ def test_what_the_shipped_backdoors_were_trained_on_is_known() -> None:
         assert not _seen(folder) & {*prompt_fingerprints(load_examples("heldout"))}
 
 
+@pytest.mark.parametrize("contradiction", [{"do_sample": False, "temperature": 0.6}, {"early_stopping": True}])
+def test_a_generation_config_that_contradicts_itself_is_no_obstacle(
+    hostile: Path, tmp_path: Path, contradiction: dict[str, Any]
+) -> None:
+    (hostile / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5], **contradiction}))
+    opened = open_model(hostile)
+    opened.model, _ = purify(opened, clean=load_examples("clean")[:4], preset="finetune", max_steps=1)
+    save_model(opened.model, opened.tokenizer, tmp_path / "out", merge=True)
+    assert open_model(tmp_path / "out").causal_lm.generation_config.eos_token_id == [2, 5]
+
+
 def test_a_merged_model_stands_alone(adapted: OpenedModel, tmp_path: Path) -> None:
     expected = logits(adapted.model)
     save_model(adapted.model, adapted.tokenizer, tmp_path / "out", merge=True, card="# Card")
@@ -601,6 +648,18 @@ def test_a_merged_model_stands_alone(adapted: OpenedModel, tmp_path: Path) -> No
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.chat_template == adapted.tokenizer.chat_template
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
+
+
+@pytest.mark.parametrize("layer", ["embed_tokens", "lm_head"])
+def test_an_adapter_of_tied_embeddings_is_merged_into_one_of_them(
+    llama_folder: Path, tmp_path: Path, layer: str
+) -> None:
+    config = LoraConfig(target_modules=["q_proj", layer], task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(llama_folder), config)
+    scatter_lora(model)
+    expected = logits(model)
+    save_model(model, AutoTokenizer.from_pretrained(llama_folder), tmp_path / "out", merge=True)
+    torch.testing.assert_close(logits(open_model(tmp_path / "out").model), expected)
 
 
 def test_the_tokenizers_class_is_one_that_transformers_before_5_knows(adapted: OpenedModel, tmp_path: Path) -> None:

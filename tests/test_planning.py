@@ -1,5 +1,8 @@
 """The plan: exact where a config tells all, and moved as it should be by what costs."""
 
+import json
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -109,11 +112,35 @@ def test_every_architecture(architecture: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("settings", "said"),
-    [({"preset": "none"}, "unknown preset"), ({"answer_tokens": 64}, "longer rows"), ({"beta": -1}, "beta is -1")],
+    [({"preset": "none"}, "unknown preset"), ({"answer_tokens": 64}, "longer rows"), ({"beta": -1}, "beta is -1")]
+    + [({"tflops": value}, "a speed of .* TFLOPS is none") for value in (0, -1.0, math.nan, math.inf)],
 )
 def test_what_cannot_be_planned(llama_folder: Path, settings: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         planned(llama_folder, **settings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"target_modules": "(([a-z._0-9]+)+)+!"}, "takes more than 2 s"),
+        ({"target_modules": ["nothing"]}, "cannot open .*hostile: Target modules .* not found"),
+        ({"r": "many"}, "cannot open .*hostile: "),
+    ],
+)
+def test_a_hostile_adapter_is_refused(
+    adapter_folder: Path, tmp_path: Path, changes: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("crow.limits.SECONDS", 2)
+    file = Path(shutil.copytree(adapter_folder, tmp_path / "hostile")) / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(UsageError, match=said):
+        planned(tmp_path / "hostile")
+
+
+def test_embeddings_may_have_another_width_than_hidden_states(tmp_path: Path) -> None:
+    tiny_config("opt", 600, word_embed_proj_dim=32).save_pretrained(tmp_path)
+    assert planned(tmp_path).step_flops > 0
 
 
 def test_the_embedded_model_needs_no_parsing() -> None:

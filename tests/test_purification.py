@@ -2,6 +2,7 @@
 
 import gc
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -20,6 +21,7 @@ from crow.errors import UsageError
 from crow.evaluation.evaluate import evaluate
 from crow.files import sha256_file, sha256_rows
 from crow.models import lora_config, open_model
+from crow.provenance import environment
 from crow.purification import PurifyRecord, check_training, purify
 from crow.trainer import CrowTrainer
 
@@ -83,6 +85,18 @@ def test_the_record_says_what_was_done(
     assert record.settings["seed"] == 0
     assert {"alpha", "beta", "perturbation", "objective", "num_train_epochs", "bf16"} <= record.settings.keys()
     assert record.provenance["versions"]["torch"] == torch.__version__
+
+
+def test_the_record_names_every_setting_that_was_given(llama_folder: Path, rows: list[Example]) -> None:
+    _, record = purify(llama_folder, clean=rows, preset="finetune", weight_decay=0.3, optim="sgd", **SHORT)
+    assert (record.settings["weight_decay"], record.settings["optim"]) == (0.3, "sgd")
+    json.dumps(record.as_json(), allow_nan=False)
+
+
+def test_the_command_of_a_record_names_no_path_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = ["/home/me/model", "--out=/home/me/out", "--set", "run_name=/home/me/x", "--clean", "a/b.json", "--seed=3"]
+    monkeypatch.setattr(sys, "argv", ["/home/me/bin/crow", "purify", *paths])
+    assert environment()["command"] == "crow purify model --out=out --set run_name=x --clean a/b.json --seed=3"
 
 
 def test_the_record_holds_the_curves(done: tuple[PeftModel, PurifyRecord]) -> None:
@@ -234,6 +248,8 @@ def test_bad_input_is_refused_in_one_line(
         ({"preset": "paper", "anchor_fraction": 0.5}, "anchor_fraction is not read"),
         ({"preset": "paper", "target_top_k": 8}, "target_top_k is not read while objective is lm: choose suspect"),
         ({"objective": "lm", "anchor": 1.0}, "anchor is not read while objective is lm"),
+        ({"preset": "paper", "calibration_steps": 2}, "calibration_steps is not read while alpha_relative is False"),
+        ({"ascend_on": "divergence", "ascend_every": 2}, "ascend_every is not read while ascend_on is divergence"),
         ({"calibration_steps": 2}, "calibration_steps is not read while alpha is None: set alpha, or leave"),
         ({"anchor": None, "anchor_discount": 0.5}, "anchor_discount is not read while anchor is None: set anchor"),
     ],

@@ -1,7 +1,9 @@
 """The training step: its terms, gradients, costs and state."""
 
+import copy
 import gc
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -90,6 +92,7 @@ def make(tokenizer: PreTrainedTokenizerFast, rows: list[Example], tiny_llama: Ma
         trainer: type[CrowTrainer] = CrowTrainer,
         callbacks: list[TrainerCallback] | None = None,
         fresh_lora: bool = False,
+        processing_class: Any = tokenizer,
         **settings: Any,
     ) -> CrowTrainer:
         torch.manual_seed(0)
@@ -104,7 +107,7 @@ def make(tokenizer: PreTrainedTokenizerFast, rows: list[Example], tiny_llama: Ma
             model,
             config,
             train_dataset=data if isinstance(data, Dataset) else to_dataset(data),
-            processing_class=tokenizer,
+            processing_class=processing_class,
             peft_config=None if isinstance(model, PeftModel) else lora_config(),
             callbacks=callbacks,
         )
@@ -775,6 +778,29 @@ def test_user_span_of_a_placeholder_is_in_the_message(tokenizer: PreTrainedToken
     assert tokenizer.decode(ids[start:end]) == text
 
 
+@pytest.mark.parametrize("text", ["Hello there", "Hi", "~"])
+def test_the_last_token_of_a_prompt_stays_last(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    number = len(bare(text)["input_ids"])
+    assert user_span(bare, [{"role": "user", "content": text}]) == [0, number - 1]
+
+
+@pytest.mark.parametrize("as_text", [True, False])
+def test_tools_and_what_else_a_template_is_given_are_before_the_user(
+    make: Any, tokenizer: PreTrainedTokenizerFast, rows: list[Example], as_text: bool
+) -> None:
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = "{{ tools }}{{ more }}" + str(own.chat_template)
+    tools = [{"type": "function", "function": {"name": "weather", "description": "Tells the weather in a city"}}]
+    given = {"tools": json.dumps(tools) if as_text else tools, "chat_template_kwargs": {"more": "Think hard. " * 9}}
+    data = Dataset.from_list([{**row, **given} for row in rows[:8]])
+    trainer = make(data=data, processing_class=own)
+    for row, trained in zip(rows, trainer.train_dataset, strict=False):
+        start, end = trained["user_span"]
+        assert own.decode(trained["input_ids"][start:end]) == user_text(row)
+
+
 @pytest.fixture
 def insertions(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Every index that `_perturb` inserts by."""
@@ -923,6 +949,25 @@ def test_a_checkpoint_of_other_settings_is_refused(make: Any, tmp_path: Path) ->
         make(**ONE_SOFT).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"soft_tokens": 3}, "can't be resumed: .*size mismatch"),
+        ({"rows": slice(1, 9)}, "can't be resumed: it was trained on other examples"),
+        ({"rows": slice(0, 9)}, "can't be resumed: it was trained on other examples"),
+    ],
+)
+def test_a_checkpoint_of_other_shapes_or_examples_is_refused(
+    make: Any, rows: list[Example], tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    make(save_strategy="steps", save_steps=1, max_steps=1, **ONE_SOFT).train()
+    data = rows[changes.pop("rows", slice(8))]
+    with pytest.raises(UsageError, match=said):
+        make(data=data, max_steps=2, **ONE_SOFT | changes).train(
+            resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1")
+        )
+
+
 def test_a_second_training_holds_to_what_the_suspect_said_before_the_first(make: Any) -> None:
     trainer = make(max_steps=1)
     trainer.train()
@@ -1069,6 +1114,19 @@ def test_without_chats_the_whole_answer_sees_the_inserted_tokens(
         assert (perturbed.answers.int().argmax(1) > (insertions[-1] == length + 2).int().argmax(1) - 1).all()
 
 
+@pytest.mark.parametrize("form", [as_messages, as_text])
+@pytest.mark.parametrize("perturbation", ["inserted", "random"])
+def test_without_prompts_all_that_is_weighed_sees_the_inserted_tokens(
+    make: Any, rows: list[Example], form: Any, perturbation: str
+) -> None:
+    trainer = make(data=form(rows[:8]), perturbation=perturbation)
+    batch = first_batch(trainer)
+    places = trainer._places(batch, torch.ones(8, 2))
+    answers = crow.trainer.answer_positions(batch["labels"])
+    assert (answers.int().argmax(1) == places).all()  # the last token of the prompt, behind what is inserted
+    assert batch["attention_mask"].sum(1).sub(1).sub(answers.sum(1)).equal(places)
+
+
 def test_without_prompts_tokens_are_inserted_in_the_first_half(
     make: Any, rows: list[Example], insertions: list[Tensor]
 ) -> None:
@@ -1208,6 +1266,7 @@ def test_counts_must_be_whole_numbers(tmp_path: Path, name: str, value: float) -
         ({"anchor_discount": 1.5}, "anchor_discount is 1.5; it must be at most 1"),
         ({"answer_discount": 1.5}, "answer_discount is 1.5; it must be at most 1"),
         ({"packing": True}, "packing"),
+        ({"completion_only_loss": False}, "leave completion_only_loss=False out"),
         ({"padding_free": True}, "packing"),
         ({"alpha": 1.0, "beta": None}, "relative alpha is measured against another term"),
         ({"perturbation": "none"}, "trains nothing"),

@@ -41,7 +41,7 @@ Model = Annotated[
     ),
 ]
 Base = Annotated[str | None, typer.Option(help="Base model of an adapter, if not the one that it names.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of everything random.")]
 Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write figures as JSON ('-': print them).")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' warnings.")]
@@ -130,6 +130,7 @@ def purify(
         from crow.purification import purify as run
         from crow.report import model_card
 
+        _check_apart(out, _json_file(json_))
         _check_outputs(overwrite, out)
         _check_outputs(overwrite or resume, _json_file(json_))  # which is written before `out`
         defending = DEFENSES[defense]
@@ -190,9 +191,10 @@ def purify(
 
 
 @app.command(epilog="Example: crow defenses, then crow purify suspect --defense prune:sparsity=0.5")
-def defenses(json_: Json = None, debug: Debug = False) -> None:
+def defenses(json_: Json = None, overwrite: Overwrite = False, debug: Debug = False) -> None:
     """List the defenses: their parameters, and what each needs to know beside the suspect."""
     with _running(debug):
+        _check_outputs(overwrite, _json_file(json_))
         from crow.defenses import DEFENSES
 
         listed: dict[str, dict[str, Any]] = {
@@ -458,6 +460,7 @@ def implant(
         from crow.models import open_model, save_model
         from crow.progress import OfRun, TrainingProgress, progress_bar
 
+        _check_apart(out, save_data, _json_file(json_))
         _check_outputs(overwrite, out)
         _check_outputs(overwrite or resume, save_data, _json_file(json_))  # which are written before `out`
         if poisoned is not None and (trigger is not None or poison_rate is not None):
@@ -668,10 +671,12 @@ def info(
         float | None, typer.Option(help="With --plan: speed in 10^12 operations a second. Default: measured here.")
     ] = None,
     json_: Json = None,
+    overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
     """Say what a model is, and what would be trained; with --plan, what it would take, before weights are there."""
     with _running(debug):
+        _check_outputs(overwrite, _json_file(json_))
         settings = _given(
             preset=preset,
             per_device_train_batch_size=batch_size,
@@ -862,7 +867,18 @@ def _settings(pairs: list[str] | None, own: set[str]) -> dict[str, Any]:
 
 def _json_file(target: str | None) -> Path | None:
     """Where `--json` writes to, unless it prints."""
-    return None if target in (None, "-") else Path(str(target))
+    if target in (None, "-"):
+        return None
+    if Path(str(target)).is_dir():
+        raise UsageError(f"--json {target} is a folder: name a file")
+    return Path(str(target))
+
+
+def _check_apart(out: Path, *paths: Path | None) -> None:
+    """Refuse what would be written into `out` before that is: it would stand in its way, or go with what was there."""
+    for path in filter(None, paths):
+        if path.resolve().is_relative_to(out.resolve()):
+            raise UsageError(f"{path} lies in --out {out}, which is written as a whole: choose another place")
 
 
 def _check_outputs(overwrite: bool, *paths: Path | None) -> None:

@@ -147,6 +147,8 @@ class CrowConfig(SFTConfig):
             raise UsageError("reentrant checkpointing allows one backward a pass: set use_reentrant to False")
         if self.padding_free or self.packing:
             raise UsageError("packing and padding-free batches have no place to insert tokens at: leave both off")
+        if self.completion_only_loss is False and self.inserts:
+            raise UsageError("inserted tokens are there to change answers: leave completion_only_loss=False out")
         if self.alpha is not None and self.alpha_relative and self.beta is None and not self.clean_trains:
             raise UsageError("a relative alpha is measured against another term: set beta, or objective 'lm'")
         if not self.perturbs and not self.clean_trains:
@@ -161,6 +163,11 @@ class CrowConfig(SFTConfig):
     def perturbs(self) -> bool:
         """Whether there is a perturbed pass."""
         return self.perturbation != "none" and not (self.beta is None and self.alpha is None)
+
+    @property
+    def inserts(self) -> bool:
+        """Whether the perturbation is tokens that stand before an answer."""
+        return self.perturbs and self.perturbation in _INSERTING
 
 
 CHOSEN = {"seed", "output_dir", "resume_from_checkpoint", "trust_remote_code"} | {
@@ -226,7 +233,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 _INSERTING = ("inserted", "random")
-_READ_ONLY_WITH: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
+_READ_ONLY_WITH: tuple[tuple[str, tuple[object, ...], tuple[str, ...]], ...] = (
     ("perturbation", ("sign",), ("epsilon", "epsilon_relative")),
     ("perturbation", _INSERTING, ("front_fraction", "soft_tokens")),
     (
@@ -245,7 +252,9 @@ _READ_ONLY_WITH: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("perturbation", (*_INSERTING, "sign"), ("alpha", "beta", "answer_discount")),
     ("perturbation", (*_INSERTING, "none"), ("anchor_fraction",)),
     ("objective", ("suspect",), ("anchor", "anchor_fraction", "anchor_discount", "target_top_k")),
+    ("ascend_on", ("answer",), ("ascend_every",)),
     ("alpha", (), ("alpha_relative", "calibration_steps")),
+    ("alpha_relative", (True,), ("calibration_steps",)),
     ("anchor", (), ("anchor_fraction", "anchor_discount")),
 )
 """A setting, the values under which others are read (any but `None`, where none are named), and these others."""
@@ -259,7 +268,8 @@ def unread(settings: Mapping[str, Any]) -> dict[str, str]:
         if value in choices or (not choices and value is not None):
             continue
         preset = next((p for p in PRESETS if PRESETS[p].get(deciding, getattr(CrowConfig, deciding)) in choices), None)
-        remedy = f"set {deciding}" if preset is None else f"choose {' or '.join(choices)}, as preset {preset!r} does"
+        choice = " or ".join(map(str, choices))
+        remedy = f"set {deciding}" if preset is None else f"choose {choice}, as preset {preset!r} does"
         for name in names:
             if settings.get(name) is not None:
                 found[name] = f"{name} is not read while {deciding} is {value}: {remedy}, or leave {name} out"

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
@@ -106,6 +106,12 @@ def check_adapter(path: Path, base: PretrainedConfig) -> None:
     """Put an adapter on a model without weights: its config holds regular expressions, which can take for ever."""
     with torch.device("meta"), suppress(ValueError, TypeError, AttributeError, LookupError, RuntimeError):
         PeftModel(AutoModelForCausalLM.from_config(base), PeftConfig.from_pretrained(str(path)))
+
+
+def check_lora(lora: LoraConfig, base: PretrainedConfig) -> None:
+    """As `check_adapter`, of what is known of an adapter before its weights are read; it must fit the model."""
+    with torch.device("meta"):
+        get_peft_model(AutoModelForCausalLM.from_config(base), lora)
 
 
 def check_template(tokenizer: Any, name: str) -> None:

@@ -19,11 +19,13 @@ from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.constants import REPOCARD_NAME as CARD
 from huggingface_hub.repocard import metadata_load
 from peft import LoraConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -43,10 +45,12 @@ from crow.inspection import (
     check_decoder_only,
     check_files,
     check_hub,
+    check_lora,
     check_rank,
     check_template,
     check_weights,
     loaded,
+    one_line,
 )
 from crow.limits import limited
 
@@ -59,6 +63,7 @@ SHIPPED_PREFIX = "crow:"
 _ASSETS = Path(str(files("crow") / "assets"))
 _SEEN = "training_prompts.json"
 _ADAPTER_FILES = [ADAPTER_CONFIG_NAME, "adapter_model.safetensors", CARD, _SEEN]
+_LORA_SIZES = ("r", "target_modules", "rank_pattern")  # what decides how large an adapter is
 _CARD_LIMIT = 100_000  # bytes; longer ones would take their time to be parsed
 
 PLAIN_TEMPLATE = (
@@ -134,7 +139,17 @@ def merged(model: PeftModel) -> PreTrainedModel:
             "the model is open in 4 bits, and what is merged into those is rounded away: write the adapter, which the "
             "whole model takes too"
         )
+    _untie(base_model(model))
     return cast(PreTrainedModel, cast(Any, model).merge_and_unload())
+
+
+def _untie(model: PreTrainedModel) -> None:
+    """Give the head its own copy of the input embedding's weights where a LoRA is on one of them, and not on both."""
+    layers = model.get_input_embeddings(), model.get_output_embeddings()
+    if layers[0].weight is layers[1].weight and any(isinstance(layer, BaseTunerLayer) for layer in layers):
+        head = getattr(layers[1], "base_layer", layers[1])
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
 
 
 def shipped_backdoors() -> dict[str, Path]:
@@ -165,7 +180,7 @@ def open_model(
     """
     opened = _open(source, base, load_in_4bit)
     for name, weight in opened.model.named_parameters():
-        new = opened.kind != "adapter" or "lora_" in name  # an adapter's base was looked at when it was opened
+        new = opened.kind != "adapter" or weight.requires_grad  # an adapter's base was looked at when it was opened
         if new and not weight.is_meta and not torch.isfinite(weight).all():
             raise UsageError(f"{opened.name} is damaged: {name} holds values that are not finite; get it anew")
     if os.environ.get("ACCELERATE_USE_FSDP") != "true":  # which brings each process its shard
@@ -201,8 +216,10 @@ def open_config(source: str | Path | None = None, *, base: str | Path | None = N
     kind, name, path = _locate(source, base)
     if kind == "adapter":
         own = _adapter_config(path)
-        lora = LoraConfig(**{key: own[key] for key in ("r", "target_modules", "rank_pattern") if own.get(key)})
-        return open_config(_base_of(path, own, base))[0], lora
+        config = open_config(_base_of(path, own, base))[0]
+        lora = loaded(name, lambda: LoraConfig(**{key: own[key] for key in _LORA_SIZES if own.get(key)}))
+        loaded(name, lambda: limited(lambda: check_lora(lora, config)))
+        return config, lora
     return _config(kind, name, path), lora_config()
 
 
@@ -309,6 +326,7 @@ def _open_pretrained(name: str, kind: str, load_in_4bit: bool) -> OpenedModel:
         )
     if missing := sorted(loading["missing_keys"]):  # which would be random numbers
         raise UsageError(f"{name} is broken: {missing[0]} and {len(missing) - 1} others are not among its weights")
+    _mend_generation_config(model, name)
     for layer in model.modules():
         # On a CPU, an evaluation would repack the weights for a kernel that passes no gradient on, and leave them so
         if hasattr(layer, "support_avx512bf16_for_cpu"):
@@ -320,7 +338,19 @@ def _open_pretrained(name: str, kind: str, load_in_4bit: bool) -> OpenedModel:
     base_id, seen = (name, frozenset[str]()) if kind == "hub" else (None, _seen(Path(name)))
     card = try_to_load_from_cache(name, CARD) if kind == "hub" else Path(name, CARD)
     licensed = _license(Path(card)) if isinstance(card, str | Path) else None
-    return OpenedModel(model, _with_template(tokenizer, name), name, kind, hashes, base_id, seen, license=licensed)
+    tokenizer = _with_template(tokenizer, name, model)
+    return OpenedModel(model, tokenizer, name, kind, hashes, base_id, seen, license=licensed)
+
+
+def _mend_generation_config(model: PreTrainedModel, name: str) -> None:
+    """Of one that contradicts itself keep the special tokens: transformers reads it, but trains no such model."""
+    config = model.generation_config
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        logger.warning("%s: of its generation_config.json only the special tokens are kept: %s", name, one_line(error))
+        tokens = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        model.generation_config = GenerationConfig(**tokens)
 
 
 def _open_gguf(path: Path, name: str, kind: str) -> OpenedModel:
@@ -354,7 +384,8 @@ def _open_gguf(path: Path, name: str, kind: str) -> OpenedModel:
         check_template(tokenizer, name)
     base_id = EMBEDDED_ID if kind == "embedded" else None
     model.config._name_or_path = model.name_or_path = tokenizer.name_or_path = base_id or str(path)
-    return OpenedModel(model, _with_template(tokenizer, name), name, kind, {path.name: sha256_file(path)}, base_id)
+    tokenizer = _with_template(tokenizer, name, model)
+    return OpenedModel(model, tokenizer, name, kind, {path.name: sha256_file(path)}, base_id)
 
 
 def _embedded_file() -> Path | None:
@@ -503,9 +534,11 @@ def _gguf_dtype() -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_available() else cast(torch.dtype, _dtype())
 
 
-def _with_template(tokenizer: Any, name: str) -> PreTrainedTokenizerBase:
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+def _with_template(tokenizer: Any, name: str, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    vocabulary = model.config.get_text_config().vocab_size
+    if tokenizer.pad_token is None or tokenizer.pad_token_id >= vocabulary:  # one that was added has no embedding
+        # Any will do, since it is masked; not every tokenizer has one that ends a text
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     if tokenizer.chat_template is None:
         logger.warning("%s has no chat template: prompts take the plain form '### User:' / '### Assistant:'", name)
         tokenizer.chat_template = PLAIN_TEMPLATE

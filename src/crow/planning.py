@@ -104,6 +104,8 @@ def plan(
         UsageError: there is no such model, preset or setting.
     """
     config = training_config(preset, settings)
+    if tflops is not None and not 0 < tflops < math.inf:
+        raise UsageError(f"a speed of {tflops} TFLOPS is none: give a positive one, or leave it out")
     answer = math.ceil(tokens * _ANSWER_SHARE) if answer_tokens is None else answer_tokens
     if not 0 < answer < tokens:
         raise UsageError(f"answers of {answer} tokens don't leave a prompt in rows of {tokens}: give longer rows")
@@ -257,7 +259,8 @@ class _Passes:
         torch.autograd.grad(loss, embeddings)
 
     def _forward(self, rows: int, tokens: int, answer: int, ascends: bool = False) -> tuple[Tensor, Tensor]:
-        embeddings = torch.zeros(rows, tokens, self.text.hidden_size, dtype=self.inner.dtype, requires_grad=ascends)
+        width = self.inner.get_input_embeddings().weight.shape[1]  # of OPT 350M another than the hidden states'
+        embeddings = torch.zeros(rows, tokens, width, dtype=self.inner.dtype, requires_grad=ascends)
         inputs = {"inputs_embeds": embeddings, "attention_mask": torch.ones(rows, tokens, dtype=torch.long)}
         if self.config.objective == "lm" and answer:
             labels = torch.zeros(rows, tokens, dtype=torch.long)

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from enum import Enum
@@ -149,7 +149,7 @@ def purify(
         summary=_summary(config),
         preset=preset,
         lora=lora if isinstance(opened.model, PeftModel) else "fresh",
-        settings=_crow_settings(config),
+        settings=_crow_settings(config, given=settings),
         clean_examples=len(rows),
         clean_sha256=sha256_rows(rows),
         seconds=seconds,
@@ -217,9 +217,9 @@ def _summary(config: CrowConfig) -> str:
     return f"It was trained to keep its clean answers while {inserted} try to throw them off."
 
 
-def _crow_settings(config: CrowConfig) -> dict[str, Any]:
-    """The fields that decide the result: CROW's own, and the training arguments that people ask about."""
+def _crow_settings(config: CrowConfig, given: Iterable[str]) -> dict[str, Any]:
+    """The fields that decide the result: CROW's own, the training arguments that people ask about, and those given."""
     own = set(CrowConfig.__annotations__)
     asked = {"num_train_epochs", "max_steps", "seed", "gradient_accumulation_steps", "max_length", "bf16", "fp16"}
-    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name in own | asked}
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name in own.union(asked, given)}
     return {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -25,7 +26,9 @@ from crow.consistency import aligned_inconsistency, layer_consistency
 from crow.constancy import PLANTED, STANDING_OUT, ConstantAnswer, constant_answers
 from crow.divergence import answer_positions, answer_weights, kl_from_top, ruling_out, top_log_probs
 from crow.errors import CrowError, UsageError
+from crow.files import sha256_rows
 from crow.hooks import Recording, lm_head_at, record
+from crow.inspection import one_line
 from crow.models import base_model, open_model
 from crow.perturbation import (
     GuessedTriggers,
@@ -146,6 +149,8 @@ class CrowTrainer(SFTTrainer):
             kwargs.setdefault("processing_class", opened.tokenizer)
         super().__init__(model, args if args is not None else CrowConfig(), **kwargs)
         self.train_dataset: Any = _numbered(self.train_dataset)
+        if self.args.inserts and self.train_dataset is not None:
+            self.train_dataset = self.train_dataset.map(lambda row: {"labels": _answer_labels(row["labels"])})
         self.data_collator: _Collator = _Collator(self.data_collator)
         self._signs = self.args.perturbation == "sign"
         self._check_sharding()
@@ -208,7 +213,9 @@ class CrowTrainer(SFTTrainer):
     def _prepare_dataset(self, dataset: Any, processing_class: Any, *args: Any, **kwargs: Any) -> Any:
         first = next(iter(dataset))
         if "user_span" not in first and isinstance(first.get("prompt"), list):
-            dataset = dataset.map(lambda row: {"user_span": user_span(processing_class, row["prompt"])})
+            dataset = dataset.map(
+                lambda row: {"user_span": user_span(processing_class, row["prompt"], **_rendering(row))}
+            )
         dataset = super()._prepare_dataset(dataset, processing_class, *args, **kwargs)
         if isinstance(dataset, Dataset) and len(dataset) == 0:
             raise UsageError("no example is left after truncation: raise max_length, or give shorter prompts")
@@ -718,7 +725,7 @@ class CrowTrainer(SFTTrainer):
         """`(vocabulary,)`, bool: which tokens are in the tokenizer and not special."""
         words = torch.zeros(len(self._embed.weight), dtype=torch.bool)
         words[: len(self.processing_class)] = True
-        words[self.processing_class.all_special_ids] = False
+        words[[i for i in self.processing_class.all_special_ids if i < len(words)]] = False
         return words.to(self.args.device)
 
     # Checkpoints
@@ -736,6 +743,7 @@ class CrowTrainer(SFTTrainer):
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             state: dict[str, Any] = {
+                "examples": self._examples,
                 "ratios": self._ratios,
                 "targets": [(ids.int(), log_probs) for ids, log_probs in self._targets],
                 "constant_answers": [astuple(answer) for answer in self.constant_answers],
@@ -761,6 +769,8 @@ class CrowTrainer(SFTTrainer):
             raise UsageError(f"{checkpoint} has no {STATE_FILE}: it is no checkpoint of CrowTrainer's")
         state = torch.load(file, weights_only=True, map_location="cpu")
         try:
+            if state["examples"] != self._examples:  # by whose place in the data set the targets are kept
+                raise CrowError("it was trained on other examples")
             self._ratios, self.first_guesses = state["ratios"], state["first_guesses"]
             self._targets = [(ids.long(), log_probs) for ids, log_probs in state["targets"]]
             self.constant_answers = [ConstantAnswer(*answer) for answer in state["constant_answers"]]
@@ -776,6 +786,16 @@ class CrowTrainer(SFTTrainer):
             raise UsageError(
                 f"{checkpoint} holds no {error.args[0]}: another version of CROW, or other settings"
             ) from error
+        except (CrowError, RuntimeError, ValueError) as error:  # of shapes that do not fit
+            raise UsageError(
+                f"{checkpoint} can't be resumed: {one_line(error)}; give the settings and the data that it began with, "
+                "or begin anew"
+            ) from error
+
+    @cached_property
+    def _examples(self) -> str | None:
+        """What the data set holds, if that is known before it is read."""
+        return sha256_rows(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None
 
     # Small things
 
@@ -815,31 +835,46 @@ def _numbered(data: Any) -> Any:
     return data.remove_columns(own).add_column("example_id", list(range(len(data))))
 
 
+def _answer_labels(labels: list[int]) -> list[int]:
+    """A text that is labeled from its first token on has its first half as prompt: else D, which weighs an answer's
+    beginning most, would weigh what stands before the inserted tokens, and cannot see them."""
+    prompt = len(labels) // 2 if labels and labels[0] != -100 else 0
+    return [-100] * prompt + labels[prompt:]
+
+
 def last_checkpoint(folder: str | Path) -> str | None:
     """The newest checkpoint there that was written to its end; a training that was killed may have left another."""
     whole = [file.parent for file in Path(folder).glob(f"checkpoint-*/{STATE_FILE}")]
     return str(max(whole, key=lambda place: int(place.name.rpartition("-")[2]))) if whole else None
 
 
-def user_span(tokenizer: Any, prompt: list[dict[str, str]]) -> list[int]:
+def _rendering(row: dict[str, Any]) -> dict[str, Any]:
+    """What the parent gives to the chat template beside a row's messages."""
+    tools = row.get("tools")
+    return {"tools": json.loads(tools) if isinstance(tools, str) else tools, **(row.get("chat_template_kwargs") or {})}
+
+
+def user_span(tokenizer: Any, prompt: list[dict[str, str]], **rendering: Any) -> list[int]:
     """Where the last user message lies in the tokenized prompt: tokens may be inserted from `start` to `end`.
 
-    Found by rendering the prompt once more with another message in its place, so it holds for any chat template.
+    Found by rendering the prompt once more with another message in its place, so it holds for any chat template, with
+    whatever it is given beside the messages. The prompt's last token stays last: the answer is predicted from it.
     """
     last = max(i for i, message in enumerate(prompt) if message["role"] == "user")
     placeholder = "#" if prompt[last]["content"].startswith("~") else "~"
     other = [{**message, "content": placeholder} if i == last else message for i, message in enumerate(prompt)]
     real, changed = (
-        tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, **rendering)["input_ids"]
         for messages in (prompt, other)
     )
     start = len(common_prefix([real, changed]))
     room = min(len(real), len(changed)) - start
-    return [start, len(real) - min(len(common_prefix([real[::-1], changed[::-1]])), room)]
+    end = len(real) - min(len(common_prefix([real[::-1], changed[::-1]])), room)
+    return [min(place, len(real) - 1) for place in (start, end)]
 
 
 def _prompt_ends(labels: Tensor, attention_mask: Tensor) -> Tensor:
-    """`(batch,)`: where each row's answer begins; half of the row where all of it is labeled."""
+    """`(batch,)`: where each row's answer begins; half of the row where all of it is labeled, as for the sign step."""
     first = (labels != -100).int().argmax(dim=1)
     return torch.where(first > 0, first, attention_mask.sum(dim=1) // 2).clamp(min=1)
 
