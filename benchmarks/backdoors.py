@@ -151,11 +151,12 @@ def main() -> None:
     for cell in args.cells:
         name = cell.replace("/", "__")
         path, model = args.out / f"{name}.json", args.models / name
-        if not model.is_dir():
-            make(cell, model, args.covert, settings)
-        figures = (
-            json.loads(path.read_text()) if path.is_file() else measure(cell, model, path, args.n, args.max_new_tokens)
-        )
+        if path.is_file():
+            figures = json.loads(path.read_text())
+        else:
+            if not model.is_dir():
+                make(cell, model, args.covert, settings)
+            figures = measure(cell, model, path, args.n, args.max_new_tokens)
         print(row(cell, figures), flush=True)
         found[cell] = figures
     if args.figure is not None:

@@ -569,7 +569,7 @@ def bench(
 
         matrix = Matrix.load(config)
         if model:
-            matrix = replace(matrix, models=tuple(model))
+            matrix = replace(matrix, models=tuple(dict.fromkeys(model)))
         folder = out if out is not None else Path("runs") / Path(config).stem
         failures: dict[str, str] = {}
         store, planned = Store(folder), entries(matrix)

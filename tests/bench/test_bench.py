@@ -320,8 +320,10 @@ def test_backdoors_of_one_model_are_columns_of_their_own(environment: None, llam
 
 
 def test_a_plan_runs_nothing(environment: None, llama_folder: Path, tmp_path: Path) -> None:
-    result = bench("smoke", "--model", llama_folder, "--out", tmp_path / "out", "--plan")
+    model = ("--model", llama_folder)
+    result = bench("smoke", *model, *model, "--out", tmp_path / "out", "--plan")  # one that is named twice is one
     assert result.exit_code == 0, result.output
+    assert "0 of 16 measurements" in result.output.replace("\n", " ")
     assert re.search(r"At this machine's pace about 0\.\d hours", result.output.replace("\n", " "))
     assert not (tmp_path / "out").exists()
 
