@@ -116,7 +116,8 @@ def test_answers_are_kept_while_another_prompt_fails(server: Server, rows: list[
 
 
 ASKING = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background is started without
 from crow.evaluation.endpoint import Endpoint
 endpoint = Endpoint(sys.argv[1], "m", concurrency=2)
 list(endpoint.each(lambda text: endpoint.ask([{"role": "user", "content": text}], 5), ["a", "b", "c"]))
