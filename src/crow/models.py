@@ -449,9 +449,9 @@ def _open_adapter(path: Path, name: str, base: str | Path | None, load_in_4bit: 
 
 def _adapter_config(path: Path) -> dict[str, Any]:
     try:
-        config = dict(json.loads((path / "adapter_config.json").read_text(encoding="utf-8")))
+        config = dict(json.loads((path / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UsageError(f"{path / 'adapter_config.json'} is broken: {error}") from error
+        raise UsageError(f"{path / ADAPTER_CONFIG_NAME} is broken: {error}") from error
     if config.get("peft_type") != "LORA":
         raise UsageError(f"{path} is a {config.get('peft_type')} adapter; only LoRA adapters are supported")
     if config.get("megatron_config"):

@@ -7,6 +7,8 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from crow.files import name_elsewhere
+
 _PACKAGES = ("crow-llm", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "safetensors")
 
 
@@ -30,7 +32,5 @@ def environment() -> dict[str, Any]:
 
 
 def _without_home(argument: str) -> str:
-    if os.path.isabs(argument):
-        return os.path.basename(argument)
-    # As in --json=FILE, or cleangen:reference=MODEL,threshold=5
-    return re.sub(r"(?<=[=,])/[^=,]*", lambda path: os.path.basename(path[0]), argument)
+    # Behind an equals sign too, as in --json=FILE, or cleangen:reference=MODEL,threshold=5
+    return re.sub(r"(?<=[=,])/[^=,]*", lambda path: name_elsewhere(path[0]), name_elsewhere(argument))

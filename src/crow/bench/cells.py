@@ -15,7 +15,7 @@ from peft import PeftModel
 from crow.backdoors.implant import implant, implant_card, implant_record, poison, recipe
 from crow.bench.matrix import Attack, Backdoor, Candidate
 from crow.config import PRESETS, CrowConfig
-from crow.data import Example, answer_text, load_examples, prompt_fingerprints, sample
+from crow.data import Example, load_examples, prompt_fingerprints, sample, to_learn_from
 from crow.defenses import DEFENSES
 from crow.evaluation.evaluate import evaluate, trigger_rows, variant_rows
 from crow.files import name_elsewhere, sha256_file, sha256_rows, write_json
@@ -187,8 +187,7 @@ class Defend(Cell):
     training: dict[str, Any]
 
     def _clean(self) -> list[Example]:
-        answered = [row for row in examples(self.clean or "clean") if answer_text(row)]  # as `crow purify` has them
-        return sample(answered, self.candidate.examples or self.examples, self.seed)
+        return sample(answered(self.clean or "clean"), self.candidate.examples or self.examples, self.seed)
 
     def _settings(self) -> dict[str, Any]:
         return self.candidate.training(self.training) if self.candidate.trains else {}
@@ -330,6 +329,12 @@ class Measure(Cell):
 def examples(name: str) -> tuple[Example, ...]:
     """A shipped set of examples, or a file's."""
     return tuple(load_examples(name))
+
+
+@cache
+def answered(name: str) -> tuple[Example, ...]:
+    """Those of them that a defender has, as `crow purify` does; what is left out is said once."""
+    return tuple(to_learn_from(examples(name)))
 
 
 def _training(settings: dict[str, Any], rows: int) -> Work:
