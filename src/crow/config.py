@@ -276,6 +276,14 @@ def unread(settings: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
+def settled(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides a training: these settings and the defaults of `CrowConfig`'s others, but what it never reads."""
+    defaults = {f.name: f.default for f in fields(CrowConfig) if f.name in CrowConfig.__annotations__}
+    values = {**defaults, **settings}
+    idle = unread(values)
+    return {name: value for name, value in values.items() if name not in idle}
+
+
 def check_read(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """Raise `UsageError` if a training with these settings, and `defaults` for the others, never reads one of them."""
     idle = unread({**defaults, **settings})

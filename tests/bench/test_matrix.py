@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from crow.bench.cells import Cell, Defend, Work, _original
 from crow.bench.matrix import CONFIGS, Attack, Matrix
 from crow.bench.plan import Pace, entries, missing
 from crow.bench.store import CELL_FILE, Store
-from crow.config import PRESETS
+from crow.config import PRESETS, CrowConfig
 from crow.data import answer_text
 from crow.errors import UsageError
 
@@ -120,6 +121,15 @@ def test_defaults_decide_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert keys(defenses=["prune"]) == keys(defenses=["prune:method=wanda"])
     monkeypatch.setitem(PRESETS, "default", {"learning_rate": 1e-4})
     assert len(before & keys()) == 5
+    assert keys(defenses=["finetune"]) == keys(defenses=[{"defense": "finetune", "learning_rate": 2e-3}])
+
+
+def test_a_default_decides_where_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, tuned = keys(defenses=["crow"]), keys(defenses=["finetune"])
+    guesses = next(field for field in fields(CrowConfig) if field.name == "trigger_guesses")
+    monkeypatch.setattr(guesses, "default", guesses.default + 1)
+    assert len(before & keys(defenses=["crow"])) == 1  # the implanted model
+    assert tuned == keys(defenses=["finetune"])
 
 
 def test_what_is_finished_is_not_run(tmp_path: Path) -> None:

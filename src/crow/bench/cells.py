@@ -5,7 +5,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,7 +14,7 @@ from peft import PeftModel
 
 from crow.backdoors.implant import implant, implant_card, implant_record, poison, recipe
 from crow.bench.matrix import Attack, Backdoor, Candidate
-from crow.config import PRESETS, CrowConfig
+from crow.config import PRESETS, settled
 from crow.data import Example, load_examples, prompt_fingerprints, sample, to_learn_from
 from crow.defenses import DEFENSES
 from crow.evaluation.evaluate import evaluate, trigger_rows, variant_rows
@@ -125,7 +125,7 @@ class Implant(Cell):
         return {
             "clean_sha256": sha256_rows(clean),
             "poisoned_sha256": sha256_rows(poisoned),
-            "recipe": recipe(self.attack.full, self.attack.adaptive) | self.settings,
+            "recipe": settled(recipe(self.attack.full, self.attack.adaptive) | self.settings),
             "adaptive": self.attack.adaptive,
             "covert": self.attack.covert,
             "full": self.attack.full,
@@ -193,11 +193,12 @@ class Defend(Cell):
         return self.candidate.training(self.training) if self.candidate.trains else {}
 
     def facts(self) -> dict[str, Any]:
-        defaults = {f.name: f.default for f in fields(CrowConfig) if f.name in CrowConfig.__annotations__}
+        defense, settings = DEFENSES[self.candidate.defense], self._settings()
+        if self.candidate.trains:
+            settings = settled(PRESETS[settings.get("preset", defense.preset)] | settings)
         return {
-            "defense": repr(DEFENSES[self.candidate.defense]),
-            "settings": self._settings(),
-            "defaults": [defaults, PRESETS] if self.candidate.trains else [],
+            "defense": repr(defense),
+            "settings": settings,
             "clean_sha256": sha256_rows(self._clean()),
             "seed": self.seed,
         }
@@ -241,7 +242,11 @@ class Relearn(Cell):
         return poison(rows, self.backdoor.trigger, self.backdoor.behavior, self.seed)[1]
 
     def facts(self) -> dict[str, Any]:
-        return {"poisoned_sha256": sha256_rows(self._poisoned()), "recipe": recipe(False, False), "seed": self.seed}
+        return {
+            "poisoned_sha256": sha256_rows(self._poisoned()),
+            "recipe": settled(recipe(False, False)),
+            "seed": self.seed,
+        }
 
     @property
     def label(self) -> str:
