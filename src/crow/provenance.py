@@ -4,7 +4,9 @@ import os
 import platform
 import re
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from crow.files import name_elsewhere
@@ -26,9 +28,21 @@ def environment() -> dict[str, Any]:
     return {
         "versions": versions,
         "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
+        "machine": _machine(),
         "command": " ".join([os.path.basename(sys.argv[0]), *map(_without_home, sys.argv[1:])]),
     }
+
+
+def _machine() -> str:
+    """Its kind and what computes in it, in the words of the system; nothing that tells it from others of its kind."""
+    import torch
+
+    processors: list[str] = []
+    with suppress(OSError):
+        processors = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    parts = [f"{platform.system()} {platform.machine()}", *processors[:1], f"{os.cpu_count()} CPU cores"]
+    parts += [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return ", ".join(parts)
 
 
 def _without_home(argument: str) -> str:
