@@ -1,18 +1,20 @@
 """Run code that a model wrote where it can do no harm: in a bubblewrap sandbox, or not at all."""
 
 import os
+import platform
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
 from typing import Literal
 
 from crow.errors import CrowError, UsageError
+from crow.evaluation.seccomp import MACHINES, seccomp_filter
 
 BUBBLEWRAP = "bwrap"
 
@@ -44,11 +46,16 @@ class Outcome:
 
 
 def check_sandbox() -> None:
-    """Raise `UsageError` where bubblewrap is missing: there is no running without it."""
+    """Raise `UsageError` where bubblewrap is missing, or a filter for the machine: there is no running without them."""
     if shutil.which(BUBBLEWRAP) is None:
         raise UsageError(
             "running a model's code needs bubblewrap, which is not installed: apt install bubblewrap (or your system's "
             "package of that name)"
+        )
+    if platform.machine() not in MACHINES:
+        raise UsageError(
+            f"running a model's code needs a filter of system calls, which there is for {' and '.join(MACHINES)}, not "
+            f"for {platform.machine()}: run it on one of those"
         )
 
 
@@ -59,21 +66,24 @@ def run_python(code: str, limits: Limits | None = None) -> Outcome:
     and no process but its own; and it runs without any rights, also where the caller is root.
 
     Raises:
-        UsageError: bubblewrap is missing.
+        UsageError: bubblewrap is missing, or a filter for the machine.
         CrowError: bubblewrap cannot make a sandbox on this machine.
     """
     check_sandbox()
     limits = limits or Limits()
-    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as program, tempfile.TemporaryFile() as begun:
+    with ExitStack() as files:
+        output, program, begun, denied = (files.enter_context(tempfile.TemporaryFile()) for _ in range(4))
         program.write(code.encode("utf-8", "surrogatepass"))
         program.seek(0)
+        denied.write(seccomp_filter(platform.machine()))
+        denied.seek(0)
         told = asdict(limits) | {"begun": begun.fileno(), "uid": _UIDS.start + next(_NUMBERS) % len(_UIDS)}
         process = subprocess.Popen(
-            [*_sandbox(limits), "/python/bin/python3", "-I", "-c", _PRELUDE, repr(told)],
+            [*_sandbox(limits, denied.fileno()), "/python/bin/python3", "-I", "-c", _PRELUDE, repr(told)],
             stdin=program,
             stdout=output,
             stderr=subprocess.STDOUT,
-            pass_fds=[begun.fileno()],
+            pass_fds=[begun.fileno(), denied.fileno()],
             start_new_session=True,
         )
         try:
@@ -102,12 +112,12 @@ those that systemd gives to services, which last no longer; containers have them
 _NUMBERS = count(os.getpid())
 
 
-def _sandbox(limits: Limits) -> list[str]:
+def _sandbox(limits: Limits, denied: int) -> list[str]:
     root = os.geteuid() == 0
     system = [part for path in ("/lib", "/lib64", "/lib32", "/bin") for part in _same_place(Path(path))]
     rights = ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if root else ["--unshare-user", "--uid", "65534"]
     return [
-        *(BUBBLEWRAP, "--die-with-parent", "--new-session", "--clearenv"),
+        *(BUBBLEWRAP, "--die-with-parent", "--new-session", "--clearenv", "--seccomp", str(denied)),
         *("--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--cap-drop", "ALL", *rights),
         *("--ro-bind", "/usr", "/usr", *system, "--ro-bind", sys.base_prefix, "/python"),
         *("--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"),
