@@ -215,6 +215,22 @@ def test_a_call_by_the_numbers_of_another_interface_kills(code: str) -> None:
     assert run_python(code, QUICK).exit_status == 128 + signal.SIGSYS
 
 
+FORKS_THAT_HOLD = """
+import os, time
+for _ in range(6):
+    if os.fork() == 0:
+        held = bytearray(60 * 2**20)
+        break
+time.sleep(60)
+"""
+
+
+@needs_bubblewrap
+def test_what_all_processes_hold_is_bounded_too() -> None:
+    outcome = run_python(FORKS_THAT_HOLD, Limits(seconds=20, memory=128 * 2**20))
+    assert (outcome.verdict, "MemoryError" in outcome.output) == ("failed", True), outcome
+
+
 @needs_bubblewrap
 def test_the_homes_and_secrets_of_the_caller_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "swordfish")

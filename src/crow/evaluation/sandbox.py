@@ -7,11 +7,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
 from typing import Literal
+
+import psutil
 
 from crow.errors import CrowError, UsageError
 from crow.evaluation.seccomp import MACHINES, seccomp_filter
@@ -28,7 +31,7 @@ class Limits:
     seconds: int = 10
     """Of wall time, and for each process of CPU time."""
     memory: int = 512 * 2**20
-    """Bytes of address space for each process, and of all files in /tmp, which are in memory."""
+    """Bytes of address space for each process, of what all hold together, and of all files in /tmp, in memory too."""
     processes: int = 16
     """Processes and threads, in all."""
     output: int = 64 * 2**10
@@ -86,10 +89,15 @@ def run_python(code: str, limits: Limits | None = None) -> Outcome:
             pass_fds=[begun.fileno(), denied.fileno()],
             start_new_session=True,
         )
+        status, held, ends = None, 0, time.monotonic() + limits.seconds + _STARTUP_SECONDS
         try:
-            status = process.wait(limits.seconds + _STARTUP_SECONDS)
-        except subprocess.TimeoutExpired:
-            status = None
+            while status is None and held <= limits.memory:
+                try:
+                    status = process.wait(_WATCH_SECONDS)
+                except subprocess.TimeoutExpired:
+                    if time.monotonic() > ends:
+                        break
+                    held = _held(process.pid)
         finally:
             with suppress(ProcessLookupError):  # the sandbox's first process goes with it, and all others with that
                 os.killpg(process.pid, signal.SIGKILL)
@@ -99,12 +107,15 @@ def run_python(code: str, limits: Limits | None = None) -> Outcome:
         if status is not None and not os.fstat(begun.fileno()).st_size:
             said = text.rstrip().rpartition("\n")[2] or f"{BUBBLEWRAP} ended with {status}"
             raise CrowError(f"cannot make a sandbox here: {said}; are user namespaces allowed?")
+    if held > limits.memory:
+        return Outcome("failed", None, f"{text}\nMemoryError: more than {limits.memory} bytes in all processes\n")
     if status is None or status == _OUT_OF_TIME:
         return Outcome("timeout", None, text)
     return Outcome("passed" if status == 0 else "failed", status, text)
 
 
 _STARTUP_SECONDS = 2
+_WATCH_SECONDS = 0.1
 _OUT_OF_TIME = 128 + signal.SIGXCPU
 _UIDS = range(61184, 65520)
 """Users that root's sandboxes are in turn, as the kernel counts the processes of a user over all sandboxes. They are
@@ -131,6 +142,17 @@ def _same_place(path: Path) -> list[str]:
     if path.is_symlink():
         return ["--symlink", os.readlink(path), str(path)]
     return ["--ro-bind", str(path), str(path)] if path.is_dir() else []
+
+
+def _held(pid: int) -> int:
+    """Bytes of memory that a process and all that came of it hold; what some share counts for each."""
+    held = 0
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for one in [process, *process.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                held += one.memory_info().rss
+    return held
 
 
 # Sets the limits from inside, where no one else's processes count, gives up what is left of root's rights, says that it
