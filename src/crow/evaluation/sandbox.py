@@ -83,6 +83,8 @@ def run_python(code: str, limits: Limits | None = None) -> Outcome:
         told = asdict(limits) | {"begun": begun.fileno(), "uid": _UIDS.start + next(_NUMBERS) % len(_UIDS)}
         process = subprocess.Popen(
             [*_sandbox(limits, denied.fileno()), "/python/bin/python3", "-I", "-c", _PRELUDE, repr(told)],
+            executable=shutil.which(BUBBLEWRAP),
+            env={},  # the program may read that of bubblewrap, its process 1, which --clearenv leaves as it was
             stdin=program,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -155,21 +157,23 @@ def _held(pid: int) -> int:
     return held
 
 
-# Sets the limits from inside, where no one else's processes count, gives up what is left of root's rights, says that it
-# has begun where the program can say nothing, and becomes the program, so that nothing of this stays in its way.
+# Sets the limits from inside, where no one else's processes count, also of process 1, bubblewrap's, whose memory a
+# program of the same user can write to; gives up what is left of root's rights, says that it has begun where the
+# program can say nothing, and becomes the program, so that nothing of this stays in its way.
 _PRELUDE = """
 import ast, os, resource, sys
 limits = ast.literal_eval(sys.argv[1])
-if os.getuid() == 0:
-    os.setgroups([]); os.setgid(limits["uid"]); os.setuid(limits["uid"])
-def limit(what, value):
-    resource.setrlimit(what, (value, value))
+def limit(what, soft, hard=None):
+    for process in (0, 1):
+        resource.prlimit(process, what, (soft, hard or soft))
 limit(resource.RLIMIT_AS, limits["memory"])
 limit(resource.RLIMIT_FSIZE, limits["output"])
 limit(resource.RLIMIT_NPROC, limits["processes"])
-resource.setrlimit(resource.RLIMIT_CPU, (limits["seconds"], limits["seconds"] + 1))  # a signal first, which tells why
+limit(resource.RLIMIT_CPU, limits["seconds"], limits["seconds"] + 1)  # a signal first, which tells why
 limit(resource.RLIMIT_NOFILE, 64)
 limit(resource.RLIMIT_CORE, 0)
+if os.getuid() == 0:
+    os.setgroups([]); os.setgid(limits["uid"]); os.setuid(limits["uid"])
 os.write(limits["begun"], b"1"); os.close(limits["begun"])
 os.execv("/python/bin/python3", ["python3", "-I", "-"])
 """
