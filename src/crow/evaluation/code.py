@@ -97,7 +97,7 @@ def pass_at_1(
         on_progress: Called with the number of problems answered and their total.
 
     Raises:
-        UsageError: bubblewrap is missing; this is said before the model is asked.
+        UsageError: bubblewrap is missing, or a filter for the machine; this is said before the model is asked.
     """
     check_sandbox()
     asked = [question(problem) for problem in problems]
