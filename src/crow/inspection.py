@@ -1,9 +1,11 @@
 """What is looked at before a model from a stranger is opened, and refused with the reason."""
 
 import json
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,9 +22,11 @@ from crow.data import example
 from crow.errors import CrowError, UsageError
 from crow.limits import limited
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 _TEMPLATE_LIMIT = 100_000  # characters
+_TOKENIZED_AT_ONCE = 200  # conversations, which share the limits on time and memory
 
 
 def check_decoder_only(config: PretrainedConfig, name: str) -> None:
@@ -130,6 +134,24 @@ def check_template(tokenizer: Any, name: str) -> None:
         limited(render)
     except RuntimeError as error:
         raise UsageError(f"{name}: its chat template can't be used: {one_line(error)}") from error
+
+
+def tokenized(tokenizer: Any, tokenize: Callable[[S], T], conversations: Sequence[S]) -> list[T]:
+    """What `tokenize` makes of each: with one of them a chat template, or a tokenizer's expressions, may never end.
+
+    Raises:
+        UsageError: they did not, or went wrong.
+    """
+    made: list[T] = []
+    for start in range(0, len(conversations), _TOKENIZED_AT_ONCE):
+        part = conversations[start : start + _TOKENIZED_AT_ONCE]
+        try:
+            made += limited(partial(list, map(tokenize, part)))
+        except RuntimeError as error:
+            raise UsageError(
+                f"{tokenizer.name_or_path}: its chat template or its tokenizer can't be used: {one_line(error)}"
+            ) from error
+    return made
 
 
 def check_bitsandbytes() -> None:
