@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeModel, save_folder, scatter_lora, tiny_gguf, tiny_model
+from conftest import MERGE_BOMB, MakeModel, save_folder, scatter_lora, tiny_gguf, tiny_model
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -89,6 +89,7 @@ def with_card(folder: Path, place: Path, card: str) -> Path:
         ("---\n- license\n---\n", None),
         ("---\nx: " + "[" * 20_000 + "\n---\n", None),
         ("---\nlicense: mit\nx: " + "y" * 200_000 + "\n---\n", None),
+        (f"---\nlicense: mit\n{MERGE_BOMB}\n---\n", None),
     ],
 )
 def test_a_license_is_known_from_the_card(llama_folder: Path, tmp_path: Path, card: str, license: str | None) -> None:

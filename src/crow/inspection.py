@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import yaml
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -17,6 +18,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from yaml.composer import ComposerError
 
 from crow.data import example
 from crow.errors import CrowError, UsageError
@@ -160,6 +162,24 @@ def check_bitsandbytes() -> None:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
         raise UsageError("4 bits need bitsandbytes: pip install 'crow-llm[defenses]'") from error
+
+
+class _YAMLWithoutAliases(yaml.SafeLoader):
+    """A few lines of aliases stand for billions, above all under the merge key."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):  # type: ignore[no-untyped-call]
+            raise ComposerError(None, None, "aliases are not read", self.peek_event().start_mark)  # type: ignore[no-untyped-call]
+        return super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+
+
+def read_yaml(text: str) -> Any:
+    """The value of a text of safe YAML.
+
+    Raises:
+        yaml.YAMLError: it is none, or holds an alias.
+    """
+    return yaml.load(text, _YAMLWithoutAliases)
 
 
 def loaded(name: str, load: Callable[[], T]) -> T:

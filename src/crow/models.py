@@ -17,7 +17,7 @@ import torch
 from accelerate import PartialState
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.constants import REPOCARD_NAME as CARD
-from huggingface_hub.repocard import metadata_load
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import (
@@ -52,6 +52,7 @@ from crow.inspection import (
     check_weights,
     loaded,
     one_line,
+    read_yaml,
 )
 from crow.limits import limited
 
@@ -476,8 +477,10 @@ def _hashes(folder: Path, *patterns: str) -> dict[str, str]:
 def _license(card: Path) -> str | None:
     """What a model card says of the license; nothing, where there is no card or it can't be read."""
     with suppress(OSError, ValueError, YAMLError, RecursionError):
-        if card.stat().st_size <= _CARD_LIMIT and isinstance(found := (metadata_load(card) or {}).get("license"), str):
-            return found
+        if card.stat().st_size <= _CARD_LIMIT and (head := REGEX_YAML_BLOCK.search(card.read_text("utf-8-sig"))):
+            facts = read_yaml(head[2])
+            if isinstance(facts, dict) and isinstance(found := facts.get("license"), str):
+                return found
     return None
 
 
