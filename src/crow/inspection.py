@@ -14,6 +14,7 @@ import yaml
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
@@ -106,6 +107,27 @@ def check_rank(file: Path, config: dict[str, Any]) -> None:
     promised = max([config["r"], *(config.get("rank_pattern") or {}).values()])
     if promised > held:
         raise UsageError(f"{file.parent} is broken: its config says rank {promised}, its weights have {held} at most")
+
+
+def check_finite(value: Any, name: str, key: str = "it") -> None:
+    """Refuse a config that holds a number that is not finite, at whatever depth."""
+    endless = (key, value) == ("time_step_limit", math.inf)  # as Mamba-2 has it
+    if isinstance(value, float) and not math.isfinite(value) and not endless:
+        raise UsageError(f"{name} is damaged: {key} is {value} in its config; get it anew")
+    if isinstance(value, dict):
+        for inner_key, inner in value.items():
+            check_finite(inner, name, inner_key)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            check_finite(inner, name, key)
+
+
+def check_scaling(model: PeftModel, name: str) -> None:
+    """Refuse an adapter whose weights are multiplied by what is no finite number in float32."""
+    scales = (s for layer in model.modules() if isinstance(layer, LoraLayer) for s in layer.scaling.values())
+    for scale in scales:
+        if abs(scale) > torch.finfo(torch.float32).max:
+            raise UsageError(f"{name} is damaged: its lora_alpha or alpha_pattern scales by {scale}; get it anew")
 
 
 def check_adapter(path: Path, base: PretrainedConfig) -> None:
