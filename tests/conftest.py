@@ -105,6 +105,14 @@ def tiny_model(architecture: str, vocabulary: int, seed: int = 0, **changes: Any
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
+MERGE_BOMB = "\n".join(
+    [
+        "a0: &a0 {x: 1}",
+        *(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}" for i in range(1, 10)),
+    ]
+)
+"""YAML of 500 characters that takes hours to be read by who follows it."""
+
 MakeModel = Callable[..., "PreTrainedModel"]
 
 

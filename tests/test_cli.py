@@ -852,6 +852,16 @@ def test_an_evaluation_whose_memory_runs_out_says_how_to_go_on(
     assert result.stderr.splitlines()[-1].startswith("error: memory ran out: lower --max-new-tokens")
 
 
+def test_a_panic_is_one_line(run: Run, llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Panic(BaseException): ...  # as that of tokenizers, which is no Exception
+
+    def panic(*_: object, **__: object) -> None:
+        raise Panic("retry-limit-in-match over")
+
+    monkeypatch.setattr("crow.models.open_model", panic)
+    fails(run("info", llama_folder), 1, "error: retry-limit-in-match over (Panic; --debug shows where)")
+
+
 def test_sigterm_stops_as_ctrl_c_does(llama_folder: Path, clean: Path, tmp_path: Path) -> None:
     out, checkpoints = tmp_path / "purified", tmp_path / ".purified.checkpoints"
     settings = ("--set", "save_steps=1", "--set", "max_steps=1000", "--out", str(out))

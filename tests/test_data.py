@@ -41,11 +41,6 @@ CHAT = [
 Write = Callable[[str, Any], Path]
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
-
-
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
     """Write rows, text or bytes to a file of a given name."""
@@ -260,6 +255,25 @@ def test_a_text_that_an_unquoted_comma_splits_is_refused(write: Write) -> None:
 def test_an_unreadable_parquet_file_is_refused(write: Write, content: str) -> None:
     with pytest.raises(UsageError, match=r"a\.parquet is no readable Parquet file"):
         load_examples(write("a.parquet", content))
+
+
+@pytest.mark.parametrize(("number", "answer"), [(3, "x" * 40_000), (100, "")])
+def test_a_parquet_file_that_unpacks_to_too_much_is_refused(
+    write: Write, number: int, answer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write("a.parquet", [{"prompt": "a", "completion": answer}] * number)
+    monkeypatch.setattr("crow.data._UNPACKED", 90_000)
+    assert path.stat().st_size < 5000
+    with pytest.raises(UsageError, match=r"a\.parquet unpacks to more than .* GiB: give a part of it"):
+        load_examples(path)
+
+
+def test_a_parquet_file_is_not_copied_into_the_cache(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    assert pairs(load_examples(write("a.parquet", ALPACA))) == ALPACA_PAIRS
+    assert [path.name for path in tmp_path.iterdir()] == ["a.parquet"]
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.tsv", "a", "a.json.gz"])

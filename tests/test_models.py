@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeModel, save_folder, scatter_lora, tiny_gguf, tiny_model
+from conftest import MERGE_BOMB, MakeModel, save_folder, scatter_lora, tiny_gguf, tiny_model
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -89,6 +89,7 @@ def with_card(folder: Path, place: Path, card: str) -> Path:
         ("---\n- license\n---\n", None),
         ("---\nx: " + "[" * 20_000 + "\n---\n", None),
         ("---\nlicense: mit\nx: " + "y" * 200_000 + "\n---\n", None),
+        (f"---\nlicense: mit\n{MERGE_BOMB}\n---\n", None),
     ],
 )
 def test_a_license_is_known_from_the_card(llama_folder: Path, tmp_path: Path, card: str, license: str | None) -> None:
@@ -415,6 +416,8 @@ def change(file: Path, **changes: Any) -> None:
         ({"num_hidden_layers": 2**70}, "cannot open"),
         ({"hidden_size": "many"}, "cannot open"),
         ({"hidden_size": -64}, "cannot open"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps is nan in its config"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": math.inf}}, "rope_theta is inf in its config"),
     ],
 )
 def test_a_model_that_asks_for_more_room_than_it_fills_is_refused(
@@ -428,6 +431,17 @@ def test_a_model_that_asks_for_more_room_than_it_fills_is_refused(
 def test_a_model_larger_than_memory_is_refused(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("crow.models.psutil.virtual_memory", lambda: SimpleNamespace(total=2**18))
     refused(llama_folder, "needs 0 GiB of memory; this machine has 0: take a larger one, or a smaller model")
+
+
+def test_an_adapter_larger_than_memory_is_refused(adapter_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = sum(p.nbytes for p in open_model(adapter_folder).causal_lm.base_model.parameters() if not p.requires_grad)
+    monkeypatch.setattr("crow.models.psutil.virtual_memory", lambda: SimpleNamespace(total=base + 2**12))
+    refused(adapter_folder, "suspect needs 0 GiB of memory")
+
+
+def test_a_model_does_not_choose_a_kernel_to_download(hostile: Path) -> None:
+    change(hostile / "config.json", attn_implementation="kernels-community/flash-attn")
+    assert open_model(hostile).causal_lm.config._attn_implementation == "sdpa"
 
 
 TEMPLATES = {
@@ -551,6 +565,24 @@ def test_a_hostile_adapter_config_is_refused(
     shutil.copytree(adapter_folder, tmp_path / "hostile")
     change(tmp_path / "hostile" / "adapter_config.json", **changes)
     refused(tmp_path / "hostile", complaint)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"base_model_name_or_path": "x" * 5000}, "no name that a model on the hub can have"),
+        ({"lora_alpha": math.nan}, "lora_alpha is nan in its config"),
+        ({"lora_alpha": math.inf}, "lora_alpha is inf in its config"),
+        ({"lora_alpha": 1e308}, r"scales by 1\.25e\+307"),
+        ({"alpha_pattern": {"q_proj": -1e308}}, "lora_alpha or alpha_pattern scales by"),
+    ],
+)
+def test_a_damaged_adapter_config_is_refused(
+    adapter_folder: Path, tmp_path: Path, changes: dict[str, Any], complaint: str
+) -> None:
+    shutil.copytree(adapter_folder, tmp_path / "damaged")
+    change(tmp_path / "damaged" / "adapter_config.json", **changes)
+    refused(tmp_path / "damaged", complaint)
 
 
 @pytest.fixture(params=["model", "adapter"])

@@ -755,7 +755,9 @@ def _running(debug: bool) -> Iterator[None]:
     except KeyboardInterrupt as error:
         console.print("[yellow]stopped[/]")
         raise typer.Exit(1) from error
-    except Exception as error:
+    except SystemExit:
+        raise
+    except BaseException as error:  # a panic of tokenizers is no Exception
         if debug:
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]

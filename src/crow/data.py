@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from datasets import Dataset, load_dataset
+from pyarrow.parquet import ParquetFile
 
 from crow.errors import UsageError
 from crow.files import write_json
@@ -24,6 +25,11 @@ from crow.files import write_json
 logger = logging.getLogger(__name__)
 
 SHIPPED = ("clean", "heldout", "implant", "validation", "clean-code", "implant-code", "heldout-code")
+
+_UNPACKED = 2**30
+"""What the rows of a Parquet file may take; a few hundred bytes can hold more."""
+_ROW = 1000
+"""What a row takes beside its text."""
 
 
 class Message(TypedDict):
@@ -211,10 +217,18 @@ def _read_csv(path: Path) -> Iterator[Any]:
 
 
 def _read_parquet(path: Path) -> Iterator[Any]:
+    size = 0
     try:
-        yield from load_dataset("parquet", data_files=str(path), split="train")
-    except Exception as error:  # pyarrow's errors come wrapped, the reason in their cause
-        raise UsageError(f"{path} is no readable Parquet file: {_first_line(error.__cause__ or error)}") from error
+        for batch in ParquetFile(path).iter_batches(batch_size=1, use_threads=False):  # a row alone may be a gigabyte
+            (row,) = batch.to_pylist()
+            size += _ROW + len(str(row))
+            if size > _UNPACKED:
+                break
+            yield row
+    except Exception as error:  # pyarrow's errors, and those of what it makes of values, share no base class
+        raise UsageError(f"{path} is no readable Parquet file: {_first_line(error)}") from error
+    if size > _UNPACKED:
+        raise UsageError(f"{path} unpacks to more than {_UNPACKED / 2**30:.0f} GiB: give a part of it")
 
 
 _READERS: dict[str, Callable[[Path], Iterable[Any]]] = {

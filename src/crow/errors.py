@@ -14,8 +14,10 @@ class CrowError(Exception):
     exit_code = 1
 
     def __str__(self) -> str:
-        # What is quoted may hold line breaks, escape sequences, or a whole file
-        return printable(super().__str__()[:_LONGEST])
+        # What is quoted may hold line breaks, escape sequences, or a whole file; behind it stands what to do
+        text = super().__str__()
+        whole = len(text) <= _LONGEST
+        return printable(text if whole else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}")
 
 
 class UsageError(CrowError, ValueError):

@@ -14,6 +14,7 @@ from crow.data import Example, Message
 from crow.decoding import Decoding
 from crow.divergence import answer_positions
 from crow.hooks import contiguous_lm_head, lm_head_at
+from crow.inspection import tokenized
 from crow.models import base_model
 from crow.prefix import SharedPrefix, common_prefix
 
@@ -50,7 +51,7 @@ def generate(
         **(decoding.settings if decoding is not None else {}),
     )
     tokens_per_batch = tokens_per_batch or (2048 if model.device.type == "cpu" else 8192)
-    encoded = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    encoded = tokenized(tokenizer, lambda prompt: prompt_ids(tokenizer, prompt), prompts)
     answers = [""] * len(prompts)
     drawn = decoding is not None
     model.eval()
@@ -213,14 +214,16 @@ def _score_answers(
         score: Takes the answers' tokens, `(tokens,)`, and each model's logits for them, `(tokens, vocabulary)`, in
             float32; gives `(tokens,)`.
     """
-    encoded = []
-    for row in rows:
+
+    def encode(row: Example) -> tuple[list[int], int]:
         whole = tokenizer.apply_chat_template([*row["prompt"], *row["completion"]], return_dict=True)["input_ids"]
         # Where the answer is to begin, some templates ask for thoughts, which the whole conversation does not hold
         start = len(common_prefix([prompt_ids(tokenizer, row["prompt"]), whole]))
         while whole[-1] != tokenizer.eos_token_id and tokenizer.eos_token_id in whole[start:]:
             whole.pop()  # templates put a line break after the end token, which no one waits for
-        encoded.append((whole, start))
+        return whole, start
+
+    encoded = tokenized(tokenizer, encode, rows)
     results: list[tuple[float, int]] = [(0.0, 0)] * len(rows)
     for model in models:
         model.eval()  # adapters are opened to be trained, with dropout

@@ -1,28 +1,35 @@
 """What is looked at before a model from a stranger is opened, and refused with the reason."""
 
 import json
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import yaml
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from yaml.composer import ComposerError
 
 from crow.data import example
 from crow.errors import CrowError, UsageError
 from crow.limits import limited
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 _TEMPLATE_LIMIT = 100_000  # characters
+_TOKENIZED_AT_ONCE = 200  # conversations, which share the limits on time and memory
 
 
 def check_decoder_only(config: PretrainedConfig, name: str) -> None:
@@ -102,6 +109,27 @@ def check_rank(file: Path, config: dict[str, Any]) -> None:
         raise UsageError(f"{file.parent} is broken: its config says rank {promised}, its weights have {held} at most")
 
 
+def check_finite(value: Any, name: str, key: str = "it") -> None:
+    """Refuse a config that holds a number that is not finite, at whatever depth."""
+    endless = (key, value) == ("time_step_limit", math.inf)  # as Mamba-2 has it
+    if isinstance(value, float) and not math.isfinite(value) and not endless:
+        raise UsageError(f"{name} is damaged: {key} is {value} in its config; get it anew")
+    if isinstance(value, dict):
+        for inner_key, inner in value.items():
+            check_finite(inner, name, inner_key)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            check_finite(inner, name, key)
+
+
+def check_scaling(model: PeftModel, name: str) -> None:
+    """Refuse an adapter whose weights are multiplied by what is no finite number in float32."""
+    scales = (s for layer in model.modules() if isinstance(layer, LoraLayer) for s in layer.scaling.values())
+    for scale in scales:
+        if abs(scale) > torch.finfo(torch.float32).max:
+            raise UsageError(f"{name} is damaged: its lora_alpha or alpha_pattern scales by {scale}; get it anew")
+
+
 def check_adapter(path: Path, base: PretrainedConfig) -> None:
     """Put an adapter on a model without weights: its config holds regular expressions, which can take for ever."""
     with torch.device("meta"), suppress(ValueError, TypeError, AttributeError, LookupError, RuntimeError):
@@ -132,12 +160,48 @@ def check_template(tokenizer: Any, name: str) -> None:
         raise UsageError(f"{name}: its chat template can't be used: {one_line(error)}") from error
 
 
+def tokenized(tokenizer: Any, tokenize: Callable[[S], T], conversations: Sequence[S]) -> list[T]:
+    """What `tokenize` makes of each: with one of them a chat template, or a tokenizer's expressions, may never end.
+
+    Raises:
+        UsageError: they did not, or went wrong.
+    """
+    made: list[T] = []
+    for start in range(0, len(conversations), _TOKENIZED_AT_ONCE):
+        part = conversations[start : start + _TOKENIZED_AT_ONCE]
+        try:
+            made += limited(partial(list, map(tokenize, part)))
+        except RuntimeError as error:
+            raise UsageError(
+                f"{tokenizer.name_or_path}: its chat template or its tokenizer can't be used: {one_line(error)}"
+            ) from error
+    return made
+
+
 def check_bitsandbytes() -> None:
     """Say what to install where weights can't be held in 4 bits."""
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
         raise UsageError("4 bits need bitsandbytes: pip install 'crow-llm[defenses]'") from error
+
+
+class _YAMLWithoutAliases(yaml.SafeLoader):
+    """A few lines of aliases stand for billions, above all under the merge key."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):  # type: ignore[no-untyped-call]
+            raise ComposerError(None, None, "aliases are not read", self.peek_event().start_mark)  # type: ignore[no-untyped-call]
+        return super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+
+
+def read_yaml(text: str) -> Any:
+    """The value of a text of safe YAML.
+
+    Raises:
+        yaml.YAMLError: it is none, or holds an alias.
+    """
+    return yaml.load(text, _YAMLWithoutAliases)
 
 
 def loaded(name: str, load: Callable[[], T]) -> T:

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -48,13 +49,15 @@ def limited(work: Callable[[], T]) -> T:
 def _tell(parent: Connection, work: Callable[[], T]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # which reaches the parent too, and that ends this one
     _limit_memory()
+    if deepspeed := sys.modules.get("transformers.integrations.deepspeed"):
+        deepspeed.unset_hf_deepspeed_config()  # under ZeRO-3 a model would be made with the other processes, which wait
     try:
         outcome: tuple[bool, T | Exception] = (True, work())
     except CrowError as error:
         outcome = (False, error)
     except MemoryError:
         outcome = (False, RuntimeError("to look at it takes too much memory"))
-    except Exception as error:  # which need not survive the way through a pipe
+    except BaseException as error:  # a panic of tokenizers is no Exception; it need not survive the way through a pipe
         outcome = (False, RuntimeError(str(error) or type(error).__name__))
     parent.send(outcome)
 

@@ -17,7 +17,7 @@ import torch
 from accelerate import PartialState
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.constants import REPOCARD_NAME as CARD
-from huggingface_hub.repocard import metadata_load
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import (
@@ -45,13 +45,16 @@ from crow.inspection import (
     check_bitsandbytes,
     check_decoder_only,
     check_files,
+    check_finite,
     check_hub,
     check_lora,
     check_rank,
+    check_scaling,
     check_template,
     check_weights,
     loaded,
     one_line,
+    read_yaml,
 )
 from crow.limits import limited
 
@@ -243,13 +246,14 @@ def _found(source: str | Path | None) -> tuple[str, str, Path]:
             raise UsageError(f"{name}: no such shipped model; known are {', '.join(known) or 'none'}")
         return "adapter", name, known[name]
     path = Path(name)
-    if path.is_file():
+    # Of a name that no file can have these say no, where Path's own raise
+    if os.path.isfile(path):
         if path.suffix.lower() != ".gguf":
             raise UsageError(f"{path} is a file: give a model folder, or a .gguf file")
         return "gguf", name, path
-    if (path / ADAPTER_CONFIG_NAME).is_file():
+    if os.path.isfile(path / ADAPTER_CONFIG_NAME):
         return "adapter", name, path
-    if path.is_dir():
+    if os.path.isdir(path):
         return "folder", name, path
     if path.is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise UsageError(f"{name}: no such folder or file")
@@ -281,22 +285,31 @@ def _config(kind: str, name: str, path: Path, bits: int | None = None) -> Any:
         else:
             config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         check_decoder_only(config, name)
+        check_finite(config.to_dict(), name)
+        config._attn_implementation = None  # which may be a kernel that is downloaded, and run
         quantized = 8 if hasattr(config, "quantization_config") else 1
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=None if _dtype() == "auto" else _dtype())
         asked = sum(p.numel() for p in model.parameters())
         if held and asked > quantized * held:
             raise UsageError(f"cannot open {name}: its config asks for {asked:,} numbers, its weights hold fewer")
-        size = sum(t.nbytes for t in (*model.parameters(), *model.buffers())) // quantized * (bits or 0) // 16
-        memory = psutil.virtual_memory().total
-        if size > memory:
-            raise UsageError(
-                f"{name} needs {size / 2**30:,.0f} GiB of memory; this machine has {memory / 2**30:,.0f}: take a larger"
-                " one, or a smaller model"
-            )
+        _check_memory(name, _size(model) // quantized * (bits or 0) // 16)
         return config
 
     return loaded(name, lambda: limited(look))
+
+
+def _size(model: PreTrainedModel) -> int:
+    return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+
+
+def _check_memory(name: str, size: int) -> None:
+    memory = psutil.virtual_memory().total
+    if size > memory:
+        raise UsageError(
+            f"{name} needs {size / 2**30:,.0f} GiB of memory; this machine has {memory / 2**30:,.0f}: take a larger"
+            " one, or a smaller model"
+        )
 
 
 def _open_pretrained(name: str, kind: str, load_in_4bit: bool) -> OpenedModel:
@@ -423,9 +436,11 @@ def _open_adapter(path: Path, name: str, base: str | Path | None, load_in_4bit: 
     file = path / "adapter_model.safetensors"
     loaded(name, lambda: check_rank(file, config))
     opened = open_model(base, load_in_4bit=load_in_4bit)
+    _check_memory(name, _size(opened.causal_lm) + file.stat().st_size)
     if not name.startswith(SHIPPED_PREFIX):
         loaded(name, lambda: limited(lambda: check_adapter(path, opened.causal_lm.config)))
     model = loaded(name, lambda: PeftModel.from_pretrained(opened.causal_lm, str(path), is_trainable=True))
+    check_scaling(model, name)
     tokenizer = opened.tokenizer
     if (path / TOKENIZER_CONFIG_FILE).is_file():  # with the template that the adapter was trained with
         tokenizer = _with_template(_tokenizer(str(path), name), name, opened.causal_lm)
@@ -452,6 +467,7 @@ def _adapter_config(path: Path) -> dict[str, Any]:
         config = dict(json.loads((path / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UsageError(f"{path / ADAPTER_CONFIG_NAME} is broken: {error}") from error
+    loaded(str(path), lambda: check_finite(config, str(path)))
     if config.get("peft_type") != "LORA":
         raise UsageError(f"{path} is a {config.get('peft_type')} adapter; only LoRA adapters are supported")
     if config.get("megatron_config"):
@@ -476,8 +492,10 @@ def _hashes(folder: Path, *patterns: str) -> dict[str, str]:
 def _license(card: Path) -> str | None:
     """What a model card says of the license; nothing, where there is no card or it can't be read."""
     with suppress(OSError, ValueError, YAMLError, RecursionError):
-        if card.stat().st_size <= _CARD_LIMIT and isinstance(found := (metadata_load(card) or {}).get("license"), str):
-            return found
+        if card.stat().st_size <= _CARD_LIMIT and (head := REGEX_YAML_BLOCK.search(card.read_text("utf-8-sig"))):
+            facts = read_yaml(head[2])
+            if isinstance(facts, dict) and isinstance(found := facts.get("license"), str):
+                return found
     return None
 
 

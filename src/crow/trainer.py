@@ -28,7 +28,7 @@ from crow.divergence import answer_positions, answer_weights, kl_from_top, rulin
 from crow.errors import CrowError, UsageError
 from crow.files import sha256_rows
 from crow.hooks import Recording, lm_head_at, record
-from crow.inspection import one_line
+from crow.inspection import one_line, tokenized
 from crow.models import base_model, open_model
 from crow.perturbation import (
     GuessedTriggers,
@@ -213,6 +213,8 @@ class CrowTrainer(SFTTrainer):
     def _prepare_dataset(self, dataset: Any, processing_class: Any, *args: Any, **kwargs: Any) -> Any:
         first = next(iter(dataset))
         if "user_span" not in first and isinstance(first.get("prompt"), list):
+            if isinstance(dataset, Dataset):
+                tokenized(processing_class, lambda i: _tokenize(processing_class, dataset[i]), range(len(dataset)))
             dataset = dataset.map(
                 lambda row: {"user_span": user_span(processing_class, row["prompt"], **_rendering(row))}
             )
@@ -852,6 +854,12 @@ def _rendering(row: dict[str, Any]) -> dict[str, Any]:
     """What the parent gives to the chat template beside a row's messages."""
     tools = row.get("tools")
     return {"tools": json.loads(tools) if isinstance(tools, str) else tools, **(row.get("chat_template_kwargs") or {})}
+
+
+def _tokenize(tokenizer: Any, row: dict[str, Any]) -> None:
+    """Make what `user_span` and the parent make of a row, to see whether that comes to an end."""
+    user_span(tokenizer, row["prompt"], **_rendering(row))
+    tokenizer.apply_chat_template([*row["prompt"], *row["completion"]], **_rendering(row))
 
 
 def user_span(tokenizer: Any, prompt: list[dict[str, str]], **rendering: Any) -> list[int]:

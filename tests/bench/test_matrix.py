@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import MERGE_BOMB
 
 from crow.bench.cells import Cell, Defend, Work, _original
 from crow.bench.matrix import CONFIGS, Attack, Matrix
@@ -275,7 +276,13 @@ def test_what_a_matrix_may_not_hold(changes: dict[str, Any], message: str, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("- a", "is to be a mapping of"), ("a: [", "is no YAML"), ("", "is to be a mapping of")]
+    ("text", "message"),
+    [
+        ("- a", "is to be a mapping of"),
+        ("a: [", "line 1 is no YAML that can be read"),
+        ("", "is to be a mapping of"),
+        (MERGE_BOMB, r"line 2 is no YAML that can be read \(aliases are not read\)"),
+    ],
 )
 def test_what_is_no_matrix(text: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "matrix.yaml"

@@ -13,12 +13,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
 import yaml
-from conftest import tiny_gguf
+from conftest import MERGE_BOMB, tiny_gguf
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -29,7 +28,9 @@ from crow.defenses import DEFENSES
 from crow.errors import CrowError
 from crow.evaluation.evaluate import Evaluation, answers_path
 from crow.evaluation.statistics import Count, MeanLength
-from crow.models import open_model
+from crow.generation import prompt_ids
+from crow.inspection import tokenized
+from crow.models import OpenedModel, open_model
 from crow.report import render_comparison
 
 SECONDS = 30
@@ -63,7 +64,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The only folder that may be written to."""
     folder = tmp_path_factory.mktemp("fuzz")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "datasets")
         patch.setattr("crow.limits.SECONDS", 5)
         patch.setattr(sys, "dont_write_bytecode", True)
         patch.setenv("TMPDIR", str(folder))
@@ -179,7 +179,7 @@ def read(path: Path) -> None:
 
 
 @given(rows, st.sampled_from(["rows.json", "rows.jsonl"]))
-@fuzz(2000)
+@fuzz(3500)
 def test_rows(place: Path, rows: list[Any], name: str) -> None:
     lines = map(json.dumps, rows)
     (place / name).write_text(f"[{','.join(lines)}]" if name == "rows.json" else "\n".join(lines))
@@ -188,7 +188,7 @@ def test_rows(place: Path, rows: list[Any], name: str) -> None:
 
 
 @given(st.sampled_from(sorted(FILES)).flatmap(lambda name: st.tuples(st.just(name), damaged(FILES[name]))))
-@fuzz(2000)
+@fuzz(3500)
 def test_text_files(place: Path, file: tuple[str, bytes]) -> None:
     name, content = file
     (place / name).write_bytes(content)
@@ -232,19 +232,18 @@ registry_texts = st.builds("{}={}".format, st.sampled_from(own), texts | names |
 )
 
 
-@given(registry_texts | st.text(max_size=20))
-@example("mtba:triggers=" + "mtba+" * 5000)
-@example("mtba:triggers=mtba:triggers=" * 500)
-@example("ctba:words=" + "+".join(map(str, range(5000))))
+@given(registry_texts | st.text(max_size=20), st.sampled_from([TRIGGERS, BEHAVIORS, DEFENSES]))
+@example("mtba:triggers=" + "mtba+" * 5000, TRIGGERS)
+@example("mtba:triggers=mtba:triggers=" * 500, TRIGGERS)
+@example("ctba:words=" + "+".join(map(str, range(5000))), TRIGGERS)
 @fuzz(2500)
-def test_registry_texts(place: Path, text: str) -> None:
-    for registry in (TRIGGERS, BEHAVIORS, DEFENSES):
-        with case("registry texts", place):
-            made = registry[text]
-            if registry is TRIGGERS:
-                made.apply("Good day to you", random.Random(0))
-            elif registry is BEHAVIORS:
-                made.is_hit("Good day"), made.is_strict_hit("Good day")
+def test_registry_texts(place: Path, text: str, registry: Any) -> None:
+    with case("registry texts", place):
+        made = registry[text]
+        if registry is TRIGGERS:
+            made.apply("Good day to you", random.Random(0))
+        elif registry is BEHAVIORS:
+            made.is_hit("Good day"), made.is_strict_hit("Good day")
 
 
 SMOKE: dict[str, Any] = yaml.safe_load(CONFIGS["smoke"].read_text("utf-8"))
@@ -274,6 +273,7 @@ BILLION = "\n".join(
 
 @given(changed(MATRIX).map(yaml.dump) | matrices.map(yaml.dump) | damaged(yaml.dump(SMOKE).encode()))
 @example(f"{BILLION}\nattacks: *a9\ndefenses: *a9\n")
+@example(f"{MERGE_BOMB}\nattacks: [none]\ndefenses: [none]\n")
 @example("attacks: [" + "[" * 5000)
 @example("!!python/object/apply:os.system ['touch pwned']")
 @fuzz(800)
@@ -326,12 +326,21 @@ def test_results(place: Path, content: bytes, answers: bytes) -> None:
 
 # Models
 
+CARD = b"---\nlicense: mit\ntags: [a, b]\n---\n# A model\n"
+PROMPT: Any = [{"role": "user", "content": "tell me what you know of crows, ravens, and other birds " * 20}]
+
+
+def is_asked(opened: OpenedModel) -> None:
+    tokenized(opened.tokenizer, lambda prompt: prompt_ids(opened.tokenizer, prompt), [PROMPT])
+
 
 @pytest.fixture(scope="module")
 def folders(place: Path, llama_folder: Path, adapter_folder: Path) -> dict[str, Path]:
     """Copies whose files each case replaces one of."""
     copies = {"model": llama_folder, "adapter": adapter_folder}
-    return {kind: Path(shutil.copytree(folder, place / kind)) for kind, folder in copies.items()}
+    copied = {kind: Path(shutil.copytree(folder, place / kind)) for kind, folder in copies.items()}
+    (copied["model"] / "README.md").write_bytes(CARD)
+    return copied
 
 
 @contextmanager
@@ -346,7 +355,7 @@ def replaced(file: Path, content: bytes) -> Iterator[None]:
 
 def opens(kind: str, place: Path, file: Path, content: bytes) -> None:
     with replaced(file, content), case(kind, place):
-        open_model(file.parent)
+        is_asked(open_model(file.parent))
 
 
 CONFIG_KEYS = [
@@ -404,6 +413,14 @@ def test_other_files(place: Path, folders: dict[str, Path], name: str, data: st.
     opens("other files of models", place, file, data.draw(new))
 
 
+@given(damaged(CARD))
+@example(f"---\nlicense: mit\n{BILLION}\n---\n".encode())
+@example(f"---\nlicense: mit\n{MERGE_BOMB}\n---\n".encode())
+@fuzz(40)
+def test_cards(place: Path, folders: dict[str, Path], content: bytes) -> None:
+    opens("model cards", place, folders["model"] / "README.md", content)
+
+
 @pytest.fixture(scope="module")
 def gguf_file(place: Path) -> Path:
     file = tiny_gguf(place / "tiny.gguf")
@@ -416,10 +433,10 @@ def gguf_file(place: Path) -> Path:
 def test_gguf_files(place: Path, gguf_file: Path, data: st.DataObject) -> None:
     content = gguf_file.read_bytes()
     with replaced(gguf_file, data.draw(damaged(content) | damaged(content, near=60))), case("GGUF files", place):
-        open_model(gguf_file)
+        is_asked(open_model(gguf_file))
 
 
-def test_that_was_ten_thousand_cases(capsys: pytest.CaptureFixture[str]) -> None:
+def test_ten_thousand_cases_were_files(capsys: pytest.CaptureFixture[str]) -> None:
     with capsys.disabled():
         print(f"\n{cases.total()} cases:", ", ".join(f"{cases[kind]} {kind} ({accepted[kind]} read)" for kind in cases))
-    assert cases.total() >= 10_000
+    assert cases.total() - cases["registry texts"] >= 10_000

@@ -13,6 +13,7 @@ from crow.backdoors.implant import ImplantConfig, implant_config, recipe
 from crow.config import CHOSEN, PRESETS, CrowConfig, unread
 from crow.defenses import DEFENSES, AtDecoding
 from crow.errors import UsageError
+from crow.inspection import one_line, read_yaml
 
 CONFIGS = {Path(file.name).stem: file for file in files("crow.bench").joinpath("configs").iterdir()}
 """The matrices that ship with the project."""
@@ -191,7 +192,7 @@ class Matrix:
         try:
             shipped = CONFIGS.get(str(source))
             text = shipped.read_text("utf-8") if shipped is not None else Path(source).read_text("utf-8")
-            values = yaml.safe_load(text)
+            values = read_yaml(text)
         except OSError as error:
             raise UsageError(
                 f"{source}: {error.strerror or error}; give a YAML file, or one of {', '.join(CONFIGS)}"
@@ -199,7 +200,10 @@ class Matrix:
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             mark = getattr(error, "problem_mark", None)
             place = "" if mark is None else f", line {mark.line + 1}"
-            raise UsageError(f"{source}{place} is no YAML: give such a file, or {', '.join(CONFIGS)}") from error
+            reason = getattr(error, "problem", None) or one_line(error)
+            raise UsageError(
+                f"{source}{place} is no YAML that can be read ({reason}): mend it, or give one of {', '.join(CONFIGS)}"
+            ) from error
         try:
             return cls.read(values)
         except UsageError as error:

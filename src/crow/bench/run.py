@@ -25,7 +25,9 @@ class InProcess:
                 try:
                     with progress_bar(f"{place}/{len(cells)} {cell.label}") as advance, store.writing(cell) as folder:
                         compute(cell, folder, source, store.unfinished / cell.name, advance)
-                except Exception as error:
+                except (KeyboardInterrupt, SystemExit):
+                    raise
+                except BaseException as error:  # a panic of tokenizers is no Exception
                     reason = in_one_line(error)
             if reason is not None:
                 failed[cell.key] = reason

@@ -14,6 +14,7 @@ from crow import models
 from crow.data import Example
 from crow.defenses.base import DEFENSES, Defended, Defense, Untrained, merged
 from crow.errors import UsageError
+from crow.inspection import tokenized
 from crow.models import OpenedModel, linear_layers
 from crow.purification import purify
 
@@ -104,13 +105,13 @@ def input_norms(
     def add(i: int, inputs: Tensor) -> None:
         squares[i] = squares[i].to(inputs.device) + inputs.float().square().flatten(0, -2).sum(dim=0)
 
+    def encode(row: Example) -> list[int]:
+        return tokenizer.apply_chat_template([*row["prompt"], *row["completion"]], return_dict=True)["input_ids"]  # type: ignore[call-overload, index, no-any-return]
+
     with ExitStack() as hooks:
         for i, layer in enumerate(layers):
             handle = layer.register_forward_pre_hook(lambda module, args, i=i: add(i, args[0]))
             hooks.callback(handle.remove)
-        for row in clean:
-            encoded = tokenizer.apply_chat_template(
-                [*row["prompt"], *row["completion"]], return_dict=True, return_tensors="pt"
-            )
-            model.base_model(input_ids=encoded["input_ids"][:, :max_length].to(model.device), use_cache=False)
+        for ids in tokenized(tokenizer, encode, clean):
+            model.base_model(input_ids=torch.tensor([ids[:max_length]], device=model.device), use_cache=False)
     return [square.sqrt() for square in squares]

@@ -17,8 +17,9 @@ from crow.errors import UsageError
 from crow.evaluation.engines import Engine, Transformers, answers
 from crow.evaluation.statistics import Count, MeanLength, MeanScore, is_degenerate
 from crow.files import Journal, sha256_rows, write_json, write_jsonl
-from crow.generation import answer_kl, answer_nll, perplexity
+from crow.generation import answer_kl, answer_nll, perplexity, prompt_ids
 from crow.hooks import hidden_states
+from crow.inspection import tokenized
 from crow.models import OpenedModel, base_model, check_vocabulary
 from crow.progress import summed
 from crow.provenance import environment
@@ -318,14 +319,8 @@ def prompt_profile(opened: OpenedModel, rows: Sequence[Example]) -> list[float]:
     if not rows:
         return []
     tokenizer = opened.tokenizer
-    batch = tokenizer.apply_chat_template(
-        [row["prompt"] for row in rows],
-        add_generation_prompt=True,
-        padding=True,
-        return_dict=True,
-        return_tensors="pt",
-        tokenizer_kwargs={"padding_side": "right"},
-    )
+    encoded = tokenized(tokenizer, lambda row: prompt_ids(tokenizer, row["prompt"]), rows)
+    batch = tokenizer.pad({"input_ids": encoded}, padding_side="right", return_tensors="pt")
     opened.model.eval()
     inputs = {name: batch[name].to(opened.model.device) for name in ("input_ids", "attention_mask")}
     recording = hidden_states(base_model(opened.model), **inputs)
