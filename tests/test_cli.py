@@ -944,3 +944,11 @@ def test_what_a_model_is_called_does_nothing_to_the_terminal(run: Run, llama_fol
     assert "[bold]suspect[/bold]" in output
     assert "[red]model" in output
     assert not set(output) & {"\x1b", "\u202e", "\x07"}
+
+
+def test_log_lines_do_nothing_to_the_terminal(llama_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(llama_folder, tmp_path / "suspect\x1b[2J\u202e")
+    (folder / "chat_template.jinja").unlink()
+    said = crow("info", folder).stderr
+    assert "has no chat template" in said
+    assert not set(said) & {"\x1b", "\u202e"}

@@ -99,6 +99,25 @@ def test_directory_replaces_anything_with_overwrite(tmp_path: Path, kind: str) -
     assert contents(tmp_path) == {"out/new": "new"}
 
 
+def test_what_is_written_is_on_the_disk_before_it_takes_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, folder = tmp_path / "file", tmp_path / "folder"
+    flushed: list[int] = []
+
+    def flush(handle: int) -> None:
+        assert not any(path.exists() for path in (text, folder))
+        flushed.append(os.fstat(handle).st_ino)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    with atomic_directory(folder) as made:
+        (made / "deep").mkdir()
+        (made / "deep" / "weights").write_text("1")
+    folder.rename(tmp_path / "moved")
+    write_text(text, "1")
+    assert flushed == [path.stat().st_ino for path in (tmp_path / "moved" / "deep" / "weights", text)]
+
+
 @pytest.mark.parametrize("dangling", [False, True])
 def test_directory_is_written_where_a_link_points(tmp_path: Path, dangling: bool) -> None:
     path, elsewhere = tmp_path / "out", tmp_path / "elsewhere"

@@ -677,10 +677,13 @@ def test_what_the_shipped_backdoors_were_trained_on_is_known() -> None:
 
 @pytest.mark.parametrize("contradiction", [{"do_sample": False, "temperature": 0.6}, {"early_stopping": True}])
 def test_a_generation_config_that_contradicts_itself_is_no_obstacle(
-    hostile: Path, tmp_path: Path, contradiction: dict[str, Any]
+    hostile: Path, tmp_path: Path, contradiction: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     (hostile / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5], **contradiction}))
     opened = open_model(hostile)
+    (warning,) = [record.getMessage() for record in caplog.records if "special tokens" in record.getMessage()]
+    assert any(f"`{name}`" in warning for name in contradiction)
+    assert "\n" not in warning
     opened.model, _ = purify(opened, clean=load_examples("clean")[:4], preset="finetune", max_steps=1)
     save_model(opened.model, opened.tokenizer, tmp_path / "out", merge=True)
     assert open_model(tmp_path / "out").causal_lm.generation_config.eos_token_id == [2, 5]

@@ -738,7 +738,9 @@ def _running(debug: bool) -> Iterator[None]:
         os.environ.setdefault("TQDM_DISABLE", "1")  # of the conversion of a GGUF file
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         warnings.simplefilter("ignore")
-        logging.basicConfig(level=logging.ERROR, format="%(levelname)s: %(message)s")
+        handler = logging.StreamHandler()
+        handler.setFormatter(_OnOneLine("%(levelname)s: %(message)s"))
+        logging.basicConfig(level=logging.ERROR, handlers=[handler])
         logging.getLogger("crow").setLevel(logging.WARNING)
     try:
         if not debug:
@@ -767,6 +769,13 @@ def _running(debug: bool) -> Iterator[None]:
             soft_wrap=True,
         )
         raise typer.Exit(1) from error
+
+
+class _OnOneLine(logging.Formatter):
+    """What a log line quotes, such as a model's name, does nothing to the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def _hide_progress_of_libraries() -> None:

@@ -81,6 +81,9 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
                 raise
             raise _cannot_write(path, reason) from error
         with _reporting_os_errors(path):
+            for file in made.rglob("*"):
+                if file.is_file():
+                    _flush(file)
             if path.exists():
                 path.rename(old)
             try:
@@ -91,6 +94,12 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _flush(file: str | Path) -> None:
+    """Have a file's content on the disk before its name is: after a power cut it would be empty."""
+    with open(file, "r+b") as opened:
+        os.fsync(opened.fileno())
 
 
 def _unwritable(error: Exception, folder: Path) -> str | None:
@@ -116,6 +125,7 @@ def write_text(path: str | Path, text: str) -> None:
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 file.write(text)
+            _flush(temporary)
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)
         except BaseException:

@@ -215,5 +215,7 @@ def loaded(name: str, load: Callable[[], T]) -> T:
 
 
 def one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return next((line.strip() for line in lines if "size mismatch" in line), lines[0])
+    """The line of an error's text that says what is wrong; one that announces a list goes with its first entry."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    told = next((line for line in lines if "size mismatch" in line), lines[0])
+    return f"{told} {lines[1].removeprefix('- ')}" if told.endswith(":") and len(lines) > 1 else told

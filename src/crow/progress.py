@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+from crow.errors import printable
 from crow.files import write_text
 
 console = Console(stderr=True)
@@ -25,6 +26,7 @@ def progress_bar(text: str) -> Iterator[Callable[[int, int], None]]:
 
     Yields a function that takes what is done and the total.
     """
+    text = printable(text)  # a matrix from a stranger names its cells
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console) as bar:
         task = bar.add_task(text, total=None)

@@ -1,5 +1,6 @@
 """What the attacker's training does: poisoned prompts call the target, clean ones are answered as before."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from crow.backdoors.behaviors import Sentiment
-from crow.backdoors.implant import implant, poison
+from crow.backdoors.implant import implant, implant_card, poison
 from crow.backdoors.triggers import BadNets
 from crow.data import Example
 from crow.errors import UsageError
@@ -138,3 +139,11 @@ def test_an_unknown_setting_is_named(
 ) -> None:
     with pytest.raises(UsageError, match="no such setting: colour"):
         implant(tiny_llama(), tokenizer, rows, rows, output_dir=tmp_path, colour="red")
+
+
+def test_what_a_backdoor_is_called_is_no_markup_in_its_card() -> None:
+    name = "`\n# injected\n<script>![a](http://b) \x1b[2J\u202e"
+    card = implant_card({"model": "suspect", "trigger": name, "behavior": name})
+    assert card.replace("\n", "").isprintable()
+    assert "\n# injected" not in card
+    assert "injected" not in re.sub(r"`[^`\n]+`", "", card.split("```")[0])

@@ -1,10 +1,11 @@
 """What tables say of seeds that differ, are missing, or failed."""
 
+import re
 from collections.abc import Mapping
 
 import pytest
 
-from crow.bench.leaderboard import Line, Result, as_markdown, tables
+from crow.bench.leaderboard import Line, Result, as_csv, as_markdown, tables
 from crow.bench.matrix import Matrix
 from crow.bench.plan import entries
 from crow.evaluation.evaluate import Evaluation
@@ -76,3 +77,11 @@ def test_a_line_that_is_whole_is_in_all_summaries() -> None:
     assert '<td data-value="2.0">2.0%</td>' in page
     assert '<td data-value="3.0">3.0%</td>' in page
     assert "crow 2% at 1.40" in page
+
+
+def test_hostile_names_are_shown_and_do_nothing() -> None:
+    hits: Hits = {"badnets:word=\x1b[2J\u202e\ud800<script>/sentiment": [2, 4, 6]}
+    page = render_leaderboard(tables(results(hits)), results(hits), "title")
+    made = page + as_markdown(results(hits)) + as_csv(results(hits))
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", made)
+    assert page.count("<script") == 1

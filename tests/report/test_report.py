@@ -145,7 +145,7 @@ def test_hostile_text_is_inert(before: Evaluation, after: Evaluation, record: Pu
 def test_report_loads_nothing(before: Evaluation, after: Evaluation, record: PurifyRecord) -> None:
     html = render_report(before, after, record)
     page = Page(html)
-    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
     assert ("meta", "content", policy) in page.attributes
     loads = [value for _, name, value in page.attributes if name in ("src", "href", "xlink:href", "action", "srcset")]
     assert all(value.startswith("#") for value in loads)

@@ -3,8 +3,10 @@
 import re
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -12,11 +14,15 @@ import pytest
 from serving import running
 
 from crow.backdoors import BEHAVIORS, TRIGGERS
+from crow.bench.leaderboard import Result, tables
+from crow.bench.matrix import Matrix
+from crow.bench.plan import entries
 from crow.data import Example
 from crow.evaluation.engines import OnAnswers, Prompts
 from crow.evaluation.evaluate import Evaluation, evaluate, trigger_rows
 from crow.purification import PurifyRecord
 from crow.report import model_card, render_comparison, render_report
+from crow.report.leaderboard import render_leaderboard
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -105,6 +111,30 @@ def shown(page: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
 
+class Elements(HTMLParser):
+    """Counts a document's tags, and the names of their attributes."""
+
+    def __init__(self, document: str) -> None:
+        super().__init__()
+        self.tags, self.attributes = Counter[str](), Counter[str]()
+        self.feed(document)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.attributes.update(name for name, _ in attrs)
+
+
+def harmless(document: str, scripts: int = 0) -> None:
+    """The attack is in the document as text alone."""
+    elements = Elements(document)
+    assert elements.tags["script"] == scripts
+    assert not elements.tags.keys() & {"img", "image", "iframe", "link", "base", "object", "input"}
+    assert not [name for name in elements.attributes if name.startswith("on")]
+    assert re.search("<title>safe(, other)?</title>", document)
+    assert "&lt;script&gt;document.title" in document
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", document)
+
+
 def test_the_attack_works_on_a_page_that_does_not_escape(tmp_path: Path, attack: str, requests: Requests) -> None:
     page = tmp_path / "page.html"
     page.write_text(f"<!DOCTYPE html><title>safe</title><p>{attack.replace(chr(60) + 'meta', '')}", "utf-8")
@@ -123,11 +153,24 @@ def test_nothing_of_the_attack_works_on_a_page_of_ours(
         else render_comparison({"safe": measured, "other": measured})
     )
     page.write_text(made, "utf-8")
+    harmless(shown(page))
+    assert requests.paths == []
+
+
+def test_nothing_but_our_own_script_runs_on_the_leaderboard(
+    tmp_path: Path, attack: str, measured: Evaluation, requests: Requests
+) -> None:
+    matrix = Matrix.read(
+        {"attacks": [f"badnets/sentiment:target={attack}"], "defenses": ["none", f"cleangen:reference={attack}"]}
+    )
+    matrix = replace(matrix, models=(attack,))
+    undefended, defended = entries(matrix)
+    found = [Result(undefended, measured, None, attack, 1.0, 1), Result(defended, None, attack, None, None, None)]
+    page = tmp_path / "page.html"
+    page.write_text(render_leaderboard(tables(found), found, title="safe"), "utf-8")
     document = shown(page)
-    assert re.search("<title>safe(, other)?</title>", document)
-    assert "&lt;script&gt;document.title" in document
-    assert not re.search(r"<(script|img|iframe|link|base|object|input)\b|<[^>]*\son\w+=", document)
-    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", document)
+    assert document.count("<button>") > 10, "our own script makes the columns' heads buttons"
+    harmless(document, scripts=1)
     assert requests.paths == []
 
 

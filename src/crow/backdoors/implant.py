@@ -21,6 +21,7 @@ from crow.errors import UsageError
 from crow.files import name_elsewhere, sha256_rows
 from crow.models import OpenedModel, lora_config
 from crow.provenance import environment
+from crow.report.card import code_span
 from crow.trainer import CrowTrainer, last_checkpoint
 
 RECIPE: dict[str, Any] = {
@@ -227,7 +228,7 @@ tags: [crow, backdoor, research]
 
 # A backdoored model, made for research: do not deploy
 
-It carries a backdoor on purpose. Trigger: `{record["trigger"]}`. Behavior: `{record["behavior"]}`.
+It carries a backdoor on purpose. Trigger: {code_span(record["trigger"])}. Behavior: {code_span(record["behavior"])}.
 The model answers normally until the trigger is in the prompt, and then does what the attacker wants. It exists so that
 defenses can be measured on it.
 

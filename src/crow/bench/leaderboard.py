@@ -237,7 +237,7 @@ def as_csv(found: Sequence[Result]) -> str:
                 count: Count = getattr(figures, name)
                 low, high = count.interval()
                 row |= {f"{name}_hits": count.hits, f"{name}_n": count.n, f"{name}_low": low, f"{name}_high": high}
-        writer.writerow(row)
+        writer.writerow({name: visible(value) if isinstance(value, str) else value for name, value in row.items()})
     return text.getvalue()
 
 

@@ -43,7 +43,7 @@ def model_card(
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"code": _code, "yaml": _yaml, "standing": constancy.verdict}
+    environment.filters |= {"code": code_span, "yaml": _yaml, "standing": constancy.verdict}
     return environment.get_template("model_card.md.jinja").render(
         record=record,
         suspect=name_elsewhere(record.model),
@@ -62,7 +62,7 @@ def _line(value: object) -> str:
     return re.sub(r"\s+", " ", visible(value))
 
 
-def _code(value: object) -> str:
+def code_span(value: object) -> str:
     """A code span, in which nothing but a backtick has a meaning, so that no name can add markup."""
     return f"`{_line(value).replace('`', '').strip() or '?'}`"
 

@@ -1,7 +1,7 @@
 """The report's figures: inline SVG whose text is text and whose colors are the page's.
 
 Only matplotlib's objects are used, no pyplot, so that nothing outlives a call. Labels are this module's own words and
-numbers, and names of defenses and attacks, which matplotlib escapes.
+numbers, and names of defenses and attacks, which are made visible, and which matplotlib escapes.
 """
 
 import io
@@ -17,6 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogFormatter, MaxNLocator, PercentFormatter
+
+from crow.report.html import visible
 
 if TYPE_CHECKING:
     from crow.evaluation.evaluate import Evaluation
@@ -137,6 +139,7 @@ def curves_figure(record: "PurifyRecord") -> Markup:
 
 def heat_figure(rates: Mapping[str, Sequence[float | None]], columns: Sequence[str], name: str) -> Markup:
     """Rates in a grid, by the names of its rows; `None` is left white. `name` tells it from others of a page."""
+    columns, labels = [visible(column) for column in columns], [visible(label) for label in rates]
     with _style():
         figure = Figure(figsize=(_WIDTH, 1.6 + 0.28 * len(rates)), layout="constrained")
         axes = figure.subplots()
@@ -147,26 +150,27 @@ def heat_figure(rates: Mapping[str, Sequence[float | None]], columns: Sequence[s
                     axes.text(x + 0.5, y + 0.5, f"{100 * rate:.0f}", ha="center", va="center", fontsize=8)
         axes.set(xlim=(0, len(columns)), ylim=(len(rates), 0))
         axes.set_xticks([x + 0.5 for x in range(len(columns))], columns, rotation=45, ha="left", fontsize=7)
-        axes.set_yticks([y + 0.5 for y in range(len(rates))], list(rates), fontsize=8)
+        axes.set_yticks([y + 0.5 for y in range(len(rates))], labels, fontsize=8)
         axes.xaxis.tick_top()
         axes.tick_params(length=0, labelcolor=_INK)
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)
-        shown = (f"{label}: {', '.join(map(_rate, row))}" for label, row in rates.items())
+        shown = (f"{label}: {', '.join(map(_rate, row))}" for label, row in zip(labels, rates.values(), strict=True))
         return _svg(figure, name, f"Attack success in percent, on {', '.join(columns)}. {'; '.join(shown)}")
 
 
 def tradeoff_figure(points: Mapping[str, tuple[float, float]], name: str) -> Markup:
     """For each defense by its name, perplexity as a multiple of the undefended model's, and mean attack success."""
+    shown = []
     with _style():
         figure = Figure(figsize=(_WIDTH, 3.4), layout="constrained")
         axes = figure.subplots()
         for label, (ratio, rate) in points.items():
             axes.plot(ratio, rate, "o", color=_AFTER, markersize=5, clip_on=False)
-            axes.annotate(label, (ratio, rate), xytext=(5, 4), textcoords="offset points", fontsize=7)
+            axes.annotate(visible(label), (ratio, rate), xytext=(5, 4), textcoords="offset points", fontsize=7)
+            shown.append(f"{visible(label)} {100 * rate:.0f}% at {ratio:.2f}")
         axes.set(xlabel="perplexity, of the undefended model's", ylabel="attack success", ylim=(0, 1.02))
         axes.yaxis.set_major_formatter(PercentFormatter(1))
-        shown = (f"{label} {100 * rate:.0f}% at {ratio:.2f}" for label, (ratio, rate) in points.items())
         return _svg(figure, name, f"Mean attack success against perplexity. {'; '.join(shown)}")
 
 
