@@ -98,7 +98,7 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
 
 def _flush(file: str | Path) -> None:
     """Have a file's content on the disk before its name is: after a power cut it would be empty."""
-    with open(file, "r+b") as opened:
+    with open(file, "rb") as opened:  # of a file that is read-only too
         os.fsync(opened.fileno())
 
 
