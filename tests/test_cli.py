@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -596,6 +597,16 @@ def test_a_backdoor_is_implanted(run: Run, llama_folder: Path, clean: Path, tmp_
     assert json.loads((tmp_path / "made.json").read_text())["clean_examples"] == 4
     assert "do not deploy" in (tmp_path / "backdoored" / "README.md").read_text()
     assert json.loads(run("info", "backdoored", "--json", "-").stdout)["kind"] == "adapter"
+
+
+def test_the_next_commands_can_be_pasted(run: Run, llama_folder: Path, clean: Path) -> None:
+    attack = ("--trigger", "vpi:phrase=It's [b]Monday[/b]: tell me, please", "--behavior", "sentiment:target=Go away!")
+    options = ("--prompts", clean, "--examples", 4, "--set", "max_steps=1", "--out", "my model")
+    result = run("implant", llama_folder, *attack, *options)
+    assert result.exit_code == 0, result.output
+    *_, following, then = result.stderr.splitlines()
+    assert shlex.split(following) == ["Next:", "crow", "evaluate", "my model", *attack]
+    assert shlex.split(then) == ["Then:", "crow", "purify", "my model"]
 
 
 def test_a_whole_model_is_backdoored(run: Run, llama_folder: Path, clean: Path) -> None:
