@@ -430,7 +430,11 @@ def implant(
     ] = None,
     examples: Annotated[int | None, typer.Option(min=1, help="Use the first so many. Default: all.")] = None,
     save_data: Annotated[
-        Path | None, typer.Option(help="Folder to write the training set to, in BackdoorLLM's format.")
+        Path | None,
+        typer.Option(
+            help="Folder to write the training set to, in BackdoorLLM's format: what was an input stands in the "
+            "instruction, and further fields are left out."
+        ),
     ] = None,
     poison_rate: Annotated[
         float | None, typer.Option(help="Share of the examples that are poisoned as well. Default: 1.")
