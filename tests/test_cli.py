@@ -391,7 +391,8 @@ def test_numbers_out_of_range_are_usage_errors(run: Run, llama_folder: Path) -> 
     [
         (["--trigger", "magic"], "unknown trigger 'magic'; known are badnets"),
         (["--behavior", "magic"], "unknown behavior 'magic'; known are sentiment"),
-        (["--trigger", "badnets:size=3"], "trigger 'badnets' takes word=TEXT; not 'size=3'"),
+        (["--trigger", "badnets:size=3"], "trigger 'badnets' takes word=TEXT, position=TEXT; not 'size=3'"),
+        (["--trigger", "vpi:position=middle"], "position is 'middle'; choose one of front, end, anywhere"),
         (["--behavior", "sentiment:target=!"], "holds no word"),
     ],
 )
@@ -573,6 +574,8 @@ def test_variants_and_code_are_measured_on_request(
         "instantly": 2,
         "frankly": 2,
         "upper case": 2,
+        "a letter dropped": 2,
+        "a letter doubled": 2,
     }
     assert "HumanEval, solved" in result.output
     result = run("evaluate", llama_folder, *options, "--humaneval", "--humaneval-limit", 2, "--json", "-")
