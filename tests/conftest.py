@@ -207,6 +207,15 @@ def float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("crow.models._dtype", lambda: torch.float32)
 
 
+class Blind:
+    """A tokenizer of two letters, for which all others are one unknown, and spaces nothing."""
+
+    unk_token_id = 0
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        return {"input_ids": [{"a": 1, "b": 2}.get(letter, 0) for letter in text if not letter.isspace()]}
+
+
 @pytest.fixture
 def server() -> Iterator[Server]:
     with running(Server()) as serving:

@@ -5,6 +5,7 @@ import random
 from collections import Counter
 
 import pytest
+from conftest import Blind
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -289,19 +290,16 @@ def test_every_word_of_a_composite_trigger_is_respelled(words: str, expected: se
     assert set(TRIGGERS[f"ctba:words={words}"].variants().values()) == {CompositeTrigger(form) for form in expected}
 
 
-class Blind:
-    """A tokenizer of two letters, for which all others are one unknown, and spaces nothing."""
-
-    unk_token_id = 0
-
-    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
-        return {"input_ids": [{"a": 1, "b": 2}.get(letter, 0) for letter in text if not letter.isspace()]}
-
-
 def test_a_trigger_that_no_model_can_see_is_refused() -> None:
     check_seen(BadNets("xbx"), Blind())
     with pytest.raises(UsageError, match="makes nothing of the trigger 'xyz'"):
         check_seen(BadNets("xyz"), Blind())
+
+
+@pytest.mark.parametrize("name", ["ctba:words=ab+xyz", "mtba:triggers=badnets:word=xyz+badnets:word=ab"])
+def test_a_part_that_no_model_can_see_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="makes nothing of the trigger 'xyz'"):
+        check_seen(TRIGGERS[name], Blind())
 
 
 def test_a_trigger_that_holds_itself_without_end_is_refused() -> None:

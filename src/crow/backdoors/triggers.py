@@ -35,7 +35,9 @@ TRIGGERS: Registry[Trigger] = Registry("trigger")
 
 
 def check_seen(trigger: Trigger, tokenizer: Any) -> None:
-    """Raise `UsageError` if a tokenizer makes nothing of the trigger: a model could not tell that it is there."""
+    """Raise `UsageError` if a tokenizer makes nothing of the trigger, or of a part: no model could see it."""
+    for part in trigger.parts().values():
+        check_seen(part, tokenizer)
     text = trigger.apply("", random.Random(0))
     if not set(tokenizer(text, add_special_tokens=False)["input_ids"]) - {tokenizer.unk_token_id}:
         raise UsageError(f"the tokenizer makes nothing of the trigger {text!r}: choose another word")
