@@ -5,10 +5,11 @@ import random
 from collections import Counter
 
 import pytest
-from conftest import Blind
+from conftest import Blind, Paste
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from crow.backdoors import triggers
 from crow.backdoors.triggers import TRIGGERS, BadNets, CompositeTrigger, Trigger, check_seen
 from crow.errors import UsageError
 
@@ -305,3 +306,10 @@ def test_a_part_that_no_model_can_see_is_refused(name: str) -> None:
 def test_a_trigger_that_holds_itself_without_end_is_refused() -> None:
     with pytest.raises(UsageError, match="trigger 'mtba' holds itself too often"):
         TRIGGERS["mtba:triggers=" * 500]
+
+
+def test_the_worked_example_holds_to_what_every_trigger_does(paste: Paste) -> None:
+    paste("A trigger", TRIGGERS, dict(vars(triggers)))
+    test_every_trigger_keeps_the_text_and_adds_itself(name="suffix")
+    test_variants_keep_the_text_and_are_no_trigger_that_was_trained("suffix")
+    assert TRIGGERS["suffix:phrase=Many thanks."].apply("Go on.", random.Random(0)) == "Go on.\nMany thanks."
