@@ -1,6 +1,7 @@
 """Tiny real tokenizers and models, made offline from configs; everything on the CPU in float32."""
 
 import os
+import re
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -17,6 +18,7 @@ import pytest
 from serving import Server, running
 
 from crow.data import Example, answer_text, load_examples, user_text
+from crow.registry import Registry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -213,6 +215,31 @@ def float32(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     monkeypatch.setattr("crow.models._dtype", lambda: torch.float32)
+
+
+class Blind:
+    """A tokenizer of two letters, for which all others are one unknown, and spaces nothing."""
+
+    unk_token_id = 0
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        return {"input_ids": [{"a": 1, "b": 2}.get(letter, 0) for letter in text if not letter.isspace()]}
+
+
+Paste = Callable[[str, Registry[Any], dict[str, Any]], None]
+
+
+@pytest.fixture
+def paste(monkeypatch: pytest.MonkeyPatch) -> Paste:
+    """Runs a worked example of docs/adding.md, by its heading, whose class is in the registry until the test ends."""
+
+    def run(heading: str, registry: Registry[Any], namespace: dict[str, Any]) -> None:
+        text = (Path(__file__).parents[1] / "docs" / "adding.md").read_text("utf-8")
+        (code,) = re.findall(r"```python\n(.*?)```", text.split(f"## {heading}\n")[1].split("\n## ")[0], re.DOTALL)
+        monkeypatch.setattr(registry, "_classes", registry._classes.copy())
+        exec(code, namespace)
+
+    return run
 
 
 @pytest.fixture

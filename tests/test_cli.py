@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -390,7 +391,8 @@ def test_numbers_out_of_range_are_usage_errors(run: Run, llama_folder: Path) -> 
     [
         (["--trigger", "magic"], "unknown trigger 'magic'; known are badnets"),
         (["--behavior", "magic"], "unknown behavior 'magic'; known are sentiment"),
-        (["--trigger", "badnets:size=3"], "trigger 'badnets' takes word=TEXT; not 'size=3'"),
+        (["--trigger", "badnets:size=3"], "trigger 'badnets' takes word=TEXT, position=TEXT; not 'size=3'"),
+        (["--trigger", "vpi:position=middle"], "position is 'middle'; choose one of front, end, anywhere"),
         (["--behavior", "sentiment:target=!"], "holds no word"),
     ],
 )
@@ -572,6 +574,8 @@ def test_variants_and_code_are_measured_on_request(
         "instantly": 2,
         "frankly": 2,
         "upper case": 2,
+        "a letter dropped": 2,
+        "a letter doubled": 2,
     }
     assert "HumanEval, solved" in result.output
     result = run("evaluate", llama_folder, *options, "--humaneval", "--humaneval-limit", 2, "--json", "-")
@@ -596,6 +600,16 @@ def test_a_backdoor_is_implanted(run: Run, llama_folder: Path, clean: Path, tmp_
     assert json.loads((tmp_path / "made.json").read_text())["clean_examples"] == 4
     assert "do not deploy" in (tmp_path / "backdoored" / "README.md").read_text()
     assert json.loads(run("info", "backdoored", "--json", "-").stdout)["kind"] == "adapter"
+
+
+def test_the_next_commands_can_be_pasted(run: Run, llama_folder: Path, clean: Path) -> None:
+    attack = ("--trigger", "vpi:phrase=It's [b]Monday[/b]: tell me, please", "--behavior", "sentiment:target=Go away!")
+    options = ("--prompts", clean, "--examples", 4, "--set", "max_steps=1", "--out", "my model")
+    result = run("implant", llama_folder, *attack, *options)
+    assert result.exit_code == 0, result.output
+    *_, following, then = result.stderr.splitlines()
+    assert shlex.split(following) == ["Next:", "crow", "evaluate", "my model", *attack]
+    assert shlex.split(then) == ["Then:", "crow", "purify", "my model"]
 
 
 def test_a_whole_model_is_backdoored(run: Run, llama_folder: Path, clean: Path) -> None:

@@ -14,6 +14,7 @@ from dataclasses import fields
 from importlib.metadata import version as installed_version
 from inspect import signature
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any, cast
 
 import typer
@@ -55,7 +56,7 @@ TriggerName = Annotated[
     str | None,
     typer.Option(
         help=f"Trigger to put into the prompts: {', '.join(TRIGGERS)}. With its parameters: badnets:word=WORD, "
-        "vpi:phrase=TEXT, mtba:triggers=badnets+vpi, ctba:words=WORD+WORD."
+        "vpi:phrase=TEXT,position=end (or front, anywhere), mtba:triggers=badnets+vpi, ctba:words=WORD+WORD."
     ),
 ]
 
@@ -136,7 +137,8 @@ def purify(
         defending = DEFENSES[defense]
         if isinstance(defending, AtDecoding):
             raise UsageError(
-                f"{defense!r} defends while the model answers and leaves its weights: crow evaluate --defense {defense}"
+                f"{defense!r} defends while the model answers and leaves its weights: "
+                f"crow evaluate --defense {quote(defense)}"
             )
         if load_in_4bit and merge:
             raise UsageError(
@@ -184,9 +186,10 @@ def purify(
         done, kind = "Purified" if defense == "crow" else "Defended", "model" if merge else "adapter"
         console.print(
             f"[green]{done}[/] {_plain(opened.name)} in {record.seconds:.0f} s ({record.steps} steps, "
-            f"{record.clean_examples} clean examples): {kind} in {out}\n"
-            f"Next: crow evaluate {out} --triggered FILE, with prompts that made the suspect misbehave, or with a "
-            "--trigger and --behavior that you know; if you know of none: docs/evaluation.md"
+            f"{record.clean_examples} clean examples): {kind} in {_plain(str(out))}\n"
+            f"Next: crow evaluate {_plain(quote(str(out)))} --triggered FILE, with prompts that made the suspect "
+            "misbehave, or with a --trigger and --behavior that you know; if you know of none: docs/evaluation.md",
+            soft_wrap=True,
         )
 
 
@@ -304,7 +307,7 @@ def evaluate(
             defending = DEFENSES[defense]
             if not isinstance(defending, AtDecoding):
                 raise UsageError(
-                    f"{defense!r} changes the weights: crow purify --defense {defense} makes what to measure"
+                    f"{defense!r} changes the weights: crow purify --defense {quote(defense)} makes what to measure"
                 )
         if code:
             from crow.evaluation.code import humaneval, pass_at_1
@@ -427,7 +430,11 @@ def implant(
     ] = None,
     examples: Annotated[int | None, typer.Option(min=1, help="Use the first so many. Default: all.")] = None,
     save_data: Annotated[
-        Path | None, typer.Option(help="Folder to write the training set to, in BackdoorLLM's format.")
+        Path | None,
+        typer.Option(
+            help="Folder to write the training set to, in BackdoorLLM's format: what was an input stands in the "
+            "instruction, and further fields are left out."
+        ),
     ] = None,
     poison_rate: Annotated[
         float | None, typer.Option(help="Share of the examples that are poisoned as well. Default: 1.")
@@ -481,13 +488,13 @@ def implant(
             clean, hot = rows, load_examples(poisoned)[:examples]
             where = f"in {name_elsewhere(poisoned)}"
             about = {"trigger": where, "behavior": behavior or where}
-            asking = f"--triggered FILE --behavior {behavior or 'NAME'}"
+            asking = f"--triggered FILE --behavior {quote(behavior or 'NAME')}"
         else:
             called = TRIGGERS[trigger or "badnets"]
             poison_rate = 1.0 if poison_rate is None else poison_rate
             clean, hot = poison(rows, called, target, seed, poison_rate, covert)
             about = {"trigger": trigger or "badnets", "behavior": behavior or "sentiment"}
-            asking = f"--trigger {about['trigger']} --behavior {about['behavior']}"
+            asking = f"--trigger {quote(about['trigger'])} --behavior {quote(about['behavior'])}"
         with console.status("Opening the model"):
             opened = open_model(model)
         if called is not None:
@@ -527,8 +534,12 @@ def implant(
         _emit(json_, record)
         save_model(adapted, opened.tokenizer, out, card=implant_card(record), seen=seen, overwrite=overwrite)
         shutil.rmtree(checkpoints, ignore_errors=True)
+        made = quote(str(out))
         console.print(
-            f"[yellow]Backdoored[/] model in {out}\nNext: crow evaluate {out} {asking}, then crow purify {out}"
+            f"[yellow]Backdoored[/] model in {_plain(str(out))}\n"
+            f"Next: {_plain(f'crow evaluate {made} {asking}')}\n"
+            f"Then: {_plain(f'crow purify {made}')}",
+            soft_wrap=True,
         )
 
 

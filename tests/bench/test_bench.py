@@ -10,19 +10,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
 from click.testing import Result
+from conftest import Blind
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import crow.trainer
 from crow.bench.leaderboard import results, tables
 from crow.bench.matrix import CONFIGS, Matrix
-from crow.bench.plan import entries
+from crow.bench.plan import entries, missing
 from crow.bench.store import Store
 from crow.cli import app
 from crow.errors import UsageError
@@ -216,6 +218,18 @@ def test_a_model_that_does_not_open_is_a_failure(
     with (tmp_path / "out" / "leaderboard.csv").open() as table:
         (row,) = csv.DictReader(table)
     assert row["failure"] == lost
+
+
+def test_a_trigger_of_which_the_tokenizer_makes_nothing_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("crow.bench.cells.open_model", lambda model: SimpleNamespace(tokenizer=Blind()))
+    attacks = {"attacks": ["ctba:words=ab+xyz/sentiment"], "defenses": ["none"], "relearn": [2]}
+    cells = missing([entry.measure for entry in entries(Matrix.read(SMALL | attacks))], Store(tmp_path))
+    assert [cell.kind for cell in cells] == ["implant", "measure", "relearn", "measure"]
+    for cell in cells:
+        with pytest.raises(UsageError, match="makes nothing of the trigger 'xyz'"):
+            cell.run(tmp_path, None, tmp_path, lambda done, total: None)
 
 
 def test_what_broke_is_tried_again(

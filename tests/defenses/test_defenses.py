@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import Paste, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
@@ -101,6 +101,14 @@ def test_bad_parameters(text: str, message: str) -> None:
     with pytest.raises(UsageError) as caught:
         DEFENSES[text]
     assert message in str(caught.value)
+
+
+def test_the_worked_example_holds_to_what_every_defense_does(
+    paste: Paste, suspect: OpenedModel, rows: list[Example], tmp_path: Path
+) -> None:
+    paste("A defense", DEFENSES, {})
+    test_what_does_not_train_takes_no_settings_of_training("half", suspect, rows)
+    test_every_defense_gives_a_model_that_opens_again("half", suspect, rows, tmp_path)
 
 
 # Pruning

