@@ -773,8 +773,10 @@ def test_a_new_run_does_not_take_over_old_checkpoints(
     run: Run, llama_folder: Path, clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / ".purified.checkpoints" / "checkpoint-99").mkdir(parents=True)
+    (tmp_path / ".purified.checkpoints" / "checkpoint-99" / "crow_state.pt").touch()
     interrupt(monkeypatch, 1, KeyboardInterrupt())
-    run("purify", llama_folder, "--clean", clean, *QUICK, "--set", "save_steps=1")
+    said = run("purify", llama_folder, "--clean", clean, *QUICK, "--set", "save_steps=1").stderr
+    assert "checkpoint-99 of an interrupted run for purified is deleted: --resume goes on" in " ".join(said.split())
     assert [p.name for p in (tmp_path / ".purified.checkpoints").glob("checkpoint-*")] == ["checkpoint-1"]
 
 

@@ -815,6 +815,10 @@ def _checkpoints_beside(out: Path, resume: bool, run: str) -> Iterator[Path]:
 
     checkpoints = out.resolve().with_name(f".{out.resolve().name}.checkpoints")
     if not resume:
+        if (last := last_checkpoint(checkpoints)) is not None:
+            console.print(
+                f"{Path(last).name} of an interrupted run for {_plain(str(out))} is deleted: --resume goes on from it"
+            )
         shutil.rmtree(checkpoints, ignore_errors=True)
     elif last_checkpoint(checkpoints) is None:
         console.print(f"There is nothing to resume for {_plain(str(out))}: the training starts anew")

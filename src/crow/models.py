@@ -589,6 +589,7 @@ def save_model(
     card: str | None = None,
     seen: Iterable[str] = (),
     overwrite: bool = False,
+    state_dict: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write a model folder, or the adapter's folder if `model` is adapted, atomically and as safetensors.
 
@@ -597,6 +598,7 @@ def save_model(
             model that is passed is changed by it.
         card: Text of the model card, `README.md`, without which there is none.
         seen: As in `OpenedModel`, so that the folder, opened again, is not measured on what it was trained on.
+        state_dict: The model's weights, where it is sharded and does not hold them itself.
 
     Raises:
         UsageError: `path` exists and `overwrite` is false, or what is to be merged is in 4 bits.
@@ -605,7 +607,7 @@ def save_model(
     if merge and isinstance(model, PeftModel):
         model = merged(model)
     with atomic_directory(path, overwrite) as folder:
-        model.save_pretrained(str(folder))
+        model.save_pretrained(str(folder), state_dict=state_dict)
         tokenizer.save_pretrained(str(folder))
         _name_tokenizer_class(folder / "tokenizer_config.json")
         (folder / CARD).unlink(missing_ok=True)  # PEFT's, which names the base by its path on this machine

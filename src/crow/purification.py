@@ -143,13 +143,28 @@ def purify(
     opened.seen = opened.seen.union(prompt_fingerprints(rows))
     purified = cast(PeftModel, trainer.model)
     purified.eval()
-    record = PurifyRecord(
+    lora = lora if isinstance(opened.model, PeftModel) else "fresh"
+    return purified, run_record(trainer, opened, rows, seconds, preset=preset, lora=lora, given=settings)
+
+
+def run_record(
+    trainer: CrowTrainer,
+    opened: OpenedModel,
+    rows: Sequence[Example],
+    seconds: float,
+    *,
+    preset: str,
+    lora: str,
+    given: Iterable[str] = (),
+) -> PurifyRecord:
+    """The record of a trainer's run on a suspect and clean examples, with the settings that were given."""
+    return PurifyRecord(
         model=opened.name,
         model_hashes=opened.hashes,
-        summary=_summary(config),
+        summary=_summary(trainer.args),
         preset=preset,
-        lora=lora if isinstance(opened.model, PeftModel) else "fresh",
-        settings=_crow_settings(config, given=settings),
+        lora=lora,
+        settings=_crow_settings(trainer.args, given=given),
         clean_examples=len(rows),
         clean_sha256=sha256_rows(rows),
         seconds=seconds,
@@ -165,7 +180,6 @@ def purify(
         ],
         provenance=environment() | {"dtype": opened.dtype},
     )
-    return purified, record
 
 
 def check_training(*, preset: str = "default", lora: str = "continue", **settings: Any) -> None:
