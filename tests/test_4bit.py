@@ -13,6 +13,7 @@ import crow
 from crow.data import Example
 from crow.errors import UsageError
 from crow.models import open_model, save_model
+from crow.planning import plan
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -104,3 +105,17 @@ def test_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch, llama_folder: Pat
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UsageError, match=r"pip install 'crow-llm\[defenses\]'"):
         open_model(llama_folder, load_in_4bit=True)
+
+
+def test_a_plan_has_the_bytes_of_4_bits(llama_folder: Path) -> None:
+    opened = open_model(llama_folder, load_in_4bit=True)
+    trained = [p for p in crow.purify(opened, preset="finetune", max_steps=1)[0].parameters() if p.requires_grad]
+    held = sum(p.nbytes for p in opened.causal_lm.parameters()) - sum(p.nbytes for p in trained)
+    for layer in layers(opened.causal_lm):
+        state = layer.weight.quant_state
+        held += state.absmax.nbytes + state.state2.absmax.nbytes
+    told = plan(llama_folder, load_in_4bit=True, tokens=64, preset="finetune", tflops=1.0)
+    assert told.weight_bytes == pytest.approx(held, rel=0.01)
+    assert told.training_bytes == 4 * sum(p.nbytes for p in trained)
+    with pytest.raises(UsageError, match="GGUF file, which is opened whole"):
+        plan(load_in_4bit=True)

@@ -134,7 +134,22 @@ def test_a_purification_is_planned_from_a_config_alone(run: Run, llama_folder: P
     result = run("info", tmp_path, "--plan", "--batch-size", "2", "--tokens", "64", "--tflops", "0.1")
     assert "preparation seconds" in result.stdout
     assert "target: the suspect's recorded answers" in " ".join(result.stderr.split())
-    fails(run("info", llama_folder, "--tokens", "64"), 2, "add --plan, or leave them out")
+    for option in (("--tokens", "64"), ("--load-in-4bit",), ("--set", "max_steps=3")):
+        fails(run("info", llama_folder, *option), 2, "add --plan, or leave them out")
+
+
+def test_any_setting_is_planned(run: Run, llama_folder: Path) -> None:
+    def planned(*options: object) -> dict[str, Any]:
+        short = ("--batch-size", 2, "--tokens", 64, "--tflops", 0.1, "--preset", "finetune")
+        result = run("info", llama_folder, "--plan", *short, *options, "--json", "-")
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)  # type: ignore[no-any-return]
+
+    once, twice = planned(), planned("--set", "gradient_accumulation_steps=2", "--load-in-4bit")
+    assert (once["steps"], twice["steps"]) == (150, 75)
+    assert twice["step_flops"] == 2 * once["step_flops"]
+    assert (once["dtype"], twice["dtype"]) == ("float32", "nf4")
+    fails(run("info", llama_folder, "--plan", "--set", "tokens=3"), 2, "there is an option for it")
 
 
 # Bad input

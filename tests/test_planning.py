@@ -155,3 +155,19 @@ def test_weights_of_many_gigabytes_take_no_memory(tmp_path: Path) -> None:
     before = psutil.Process().memory_info().rss
     assert planned(tmp_path).weight_bytes > 8e9
     assert psutil.Process().memory_info().rss - before < 1e9
+
+
+def test_of_an_adapter_on_the_hub_the_config_alone_is_got(
+    adapter_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    got: list[Any] = []
+
+    def download(name: str, allow_patterns: Any) -> str:
+        got.append(allow_patterns)
+        return str(adapter_folder)
+
+    monkeypatch.setattr("crow.models.check_hub", lambda name: None)
+    monkeypatch.setattr("crow.models.find_adapter_config_file", lambda name: "adapter_config.json")
+    monkeypatch.setattr("crow.models.snapshot_download", download)
+    assert open_config("org/adapter")[0].hidden_size == 64
+    assert got == ["adapter_config.json"]

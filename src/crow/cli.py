@@ -678,6 +678,13 @@ def info(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="With --plan: time is traded for memory.")
     ] = False,
+    load_in_4bit: Annotated[
+        bool, typer.Option("--load-in-4bit", help="With --plan: the model is held in 4 bits (QLoRA).")
+    ] = False,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="With --plan: any other setting of CrowConfig."),
+    ] = None,
     tflops: Annotated[
         float | None, typer.Option(help="With --plan: speed in 10^12 operations a second. Default: measured here.")
     ] = None,
@@ -695,15 +702,17 @@ def info(
             examples=examples,
             tflops=tflops,
             gradient_checkpointing=gradient_checkpointing or None,
+            load_in_4bit=load_in_4bit or None,
         )
         if plan:
             from crow.planning import LEGEND
             from crow.planning import plan as estimate
 
+            settings = _settings(set_, own=set(signature(estimate).parameters)) | settings
             with console.status("Going through a step without its weights"):
                 facts = estimate(model, base=base, **settings).as_json()
-        elif settings:
-            raise UsageError("only a plan has a batch size, tokens, a preset or a speed: add --plan, or leave them out")
+        elif settings or set_:
+            raise UsageError("only a plan has a batch size, tokens, settings or a speed: add --plan, or leave them out")
         else:
             from crow.models import describe, open_model
 

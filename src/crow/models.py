@@ -199,7 +199,7 @@ def _open(source: str | Path | None, base: str | Path | None, load_in_4bit: bool
     kind, name, path = _locate(source, base)
     if kind in ("embedded", "gguf"):
         if load_in_4bit:
-            raise UsageError(f"{name} is a GGUF file, which is opened whole: for 4 bits give a folder or a hub id")
+            raise _opened_whole(name)
         return _open_gguf(path, name, kind)
     if kind == "adapter":
         check_files(path)
@@ -210,33 +210,47 @@ def _open(source: str | Path | None, base: str | Path | None, load_in_4bit: bool
     return _open_pretrained(name, kind, load_in_4bit)
 
 
-def open_config(source: str | Path | None = None, *, base: str | Path | None = None) -> tuple[Any, LoraConfig]:
+def _opened_whole(name: str) -> UsageError:
+    return UsageError(f"{name} is a GGUF file, which is opened whole: for 4 bits give a folder or a hub id")
+
+
+def open_config(
+    source: str | Path | None = None, *, base: str | Path | None = None, load_in_4bit: bool = False
+) -> tuple[Any, LoraConfig]:
     """The config of what `open_model` would open, and the LoRA that would be trained on it; no weights are touched.
 
-    Of a hub model the config is all that is downloaded, of an adapter there all of it.
+    Of a hub model, or an adapter there, the config is all that is downloaded.
 
     Raises:
-        UsageError: there is no such model, or it is not decoder-only.
+        UsageError: there is no such model, or it is not decoder-only; or 4 bits can't be had.
     """
-    kind, name, path = _locate(source, base)
+    kind, name, path = _locate(source, base, adapter_files=ADAPTER_CONFIG_NAME)
     if kind == "adapter":
         own = _adapter_config(path)
-        config = open_config(_base_of(path, own, base))[0]
+        config = open_config(_base_of(path, own, base), load_in_4bit=load_in_4bit)[0]
         lora = loaded(name, lambda: LoraConfig(**{key: own[key] for key in _LORA_SIZES if own.get(key)}))
         loaded(name, lambda: limited(lambda: check_lora(lora, config)))
         return config, lora
+    if load_in_4bit and kind in ("embedded", "gguf"):
+        raise _opened_whole(name)
     return _config(kind, name, path), lora_config()
 
 
-def _locate(source: str | Path | None, base: str | Path | None) -> tuple[str, str, Path]:
-    """The kind of what is meant, as in `OpenedModel`, its name, and where it is."""
-    kind, name, path = _found(source)
+def _locate(
+    source: str | Path | None, base: str | Path | None, adapter_files: list[str] | str = _ADAPTER_FILES
+) -> tuple[str, str, Path]:
+    """The kind of what is meant, as in `OpenedModel`, its name, and where it is.
+
+    Args:
+        adapter_files: What to download of an adapter on the hub.
+    """
+    kind, name, path = _found(source, adapter_files)
     if base is not None and kind != "adapter":
         raise UsageError(f"{name} is no adapter, so it has no base to choose: leave --base out")
     return kind, name, path
 
 
-def _found(source: str | Path | None) -> tuple[str, str, Path]:
+def _found(source: str | Path | None, adapter_files: list[str] | str) -> tuple[str, str, Path]:
     if source is None or (str(source) == EMBEDDED_ID and _embedded_file() is not None):
         return "embedded", EMBEDDED_ID, _installed_file()
     name = str(source)
@@ -259,7 +273,7 @@ def _found(source: str | Path | None) -> tuple[str, str, Path]:
         raise UsageError(f"{name}: no such folder or file")
     check_hub(name)
     if find_adapter_config_file(name) is not None:  # whatever else is there: transformers would load the adapter, too
-        return "adapter", name, Path(loaded(name, lambda: snapshot_download(name, allow_patterns=_ADAPTER_FILES)))
+        return "adapter", name, Path(loaded(name, lambda: snapshot_download(name, allow_patterns=adapter_files)))
     return "hub", name, path
 
 
@@ -479,7 +493,7 @@ def _base_of(path: Path, config: dict[str, Any], base: str | Path | None) -> str
     base = base if base is not None else config.get("base_model_name_or_path")
     if not isinstance(base, str | Path) or not str(base):
         raise UsageError(f"{path} does not name its base model: give it with --base")
-    if _locate(base, None)[0] == "adapter":
+    if _locate(base, None, adapter_files=ADAPTER_CONFIG_NAME)[0] == "adapter":
         raise UsageError(f"{path} is an adapter on an adapter, {base}: merge that one, and give it with --base")
     return base
 

@@ -31,10 +31,11 @@ from crow.consistency import aligned_inconsistency
 from crow.divergence import kl_from_top
 from crow.errors import UsageError
 from crow.hooks import Recording, record
-from crow.models import open_config, weights_dtype
+from crow.models import linear_layers, open_config, weights_dtype
 from crow.purification import CLEAN_EXAMPLES, training_config
 
 _ADAM_MOMENTS = 2
+_NF4_BITS = 4 + (8 + 32 / 256) / 64  # a weight's, and its share of a block's constant, which is quantized too
 _ANSWER_SHARE = 0.5  # of a row's tokens, where nothing is said of it
 
 
@@ -52,7 +53,7 @@ class Plan:
     target_bytes: int
     """Of the suspect's recorded answers, which are kept in the machine's own memory."""
     activation_bytes: int
-    """What the largest pass of a step holds at its peak, but for the logits."""
+    """What the largest pass of a step holds at its peak, but for the logits; of 4 bits with a layer's opened weight."""
     logit_bytes: int
     peak_bytes: int
     step_flops: int
@@ -87,6 +88,7 @@ def plan(
     answer_tokens: int | None = None,
     examples: int = CLEAN_EXAMPLES,
     tflops: float | None = None,
+    load_in_4bit: bool = False,
     **settings: Any,
 ) -> Plan:
     """Estimate what `crow.purify` would take. Nothing is opened, and of a hub model only the config is downloaded.
@@ -98,10 +100,11 @@ def plan(
         answer_tokens: Length of the answer; half of the row by default.
         examples: Number of clean examples.
         tflops: Speed of this machine in 10^12 operations a second, if it is not to be measured.
+        load_in_4bit: As in `crow.models.open_model`. Such a peak was not checked against a measured one.
         settings: Fields of `CrowConfig`, as for `crow.purify`.
 
     Raises:
-        UsageError: there is no such model, preset or setting.
+        UsageError: there is no such model, preset or setting, or 4 bits can't be had of the model.
     """
     config = training_config(preset, settings)
     if tflops is not None and not 0 < tflops < math.inf:
@@ -109,16 +112,23 @@ def plan(
     answer = math.ceil(tokens * _ANSWER_SHARE) if answer_tokens is None else answer_tokens
     if not 0 < answer < tokens:
         raise UsageError(f"answers of {answer} tokens don't leave a prompt in rows of {tokens}: give longer rows")
-    model_config, lora = open_config(source, base=base)
+    model_config, lora = open_config(source, base=base, load_in_4bit=load_in_4bit)
     dtype = weights_dtype(model_config)
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
         model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=False)
         parameters = sum(p.numel() for p in model.parameters())
-        weight_bytes = sum(p.nbytes for p in model.parameters())
+        weight_bytes, opened_bytes = sum(p.nbytes for p in model.parameters()), 0
+        if load_in_4bit:
+            packed = [layer.weight for layer in linear_layers(model)]
+            weight_bytes -= sum(weight.nbytes - math.ceil(weight.numel() * _NF4_BITS / 8) for weight in packed)
+            opened_bytes = max(weight.nbytes for weight in packed)  # one at a time, to be multiplied with
         add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))  # as the trainer's parent does
         model = get_peft_model(model, lora, low_cpu_mem_usage=True)
     trained = [p for p in model.parameters() if p.requires_grad]
+    if load_in_4bit:
+        for parameter in trained:
+            parameter.data = parameter.data.to(torch.bfloat16)  # as the trainer's parent does
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu").train()
         model.tie_weights()
@@ -138,13 +148,13 @@ def plan(
     return Plan(
         parameters=parameters,
         trained_parameters=sum(p.numel() for p in trained),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype="nf4" if load_in_4bit else str(dtype).removeprefix("torch."),
         weight_bytes=weight_bytes,
         training_bytes=training_bytes,
         target_bytes=targets,
-        activation_bytes=accounts.before_head,
+        activation_bytes=accounts.before_head + opened_bytes,
         logit_bytes=accounts.peak - accounts.before_head,
-        peak_bytes=weight_bytes + training_bytes + targets + accounts.peak,
+        peak_bytes=weight_bytes + training_bytes + targets + accounts.peak + opened_bytes,
         step_flops=flops,
         steps=steps,
         tflops=tflops,
