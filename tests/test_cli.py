@@ -68,6 +68,10 @@ def fails(result: Result, code: int, text: str) -> None:
     assert isinstance(result.exception, SystemExit)
 
 
+def stop(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
 def crow(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from crow.cli import main; main()", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
@@ -512,6 +516,37 @@ def test_a_judge_that_cannot_be_reached_is_told_of(run: Run, llama_folder: Path,
     assert list(figures["judge_failures"].values()) == [3]
 
 
+def test_failed_judgements_cost_no_answer(
+    run: Run, server: Server, llama_folder: Path, clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openai")
+    failure = "the judge is away " * 9
+    failing = (400, json.dumps({"error": {"message": failure}}))
+    server.reply = lambda request, number: said("no") if number == 1 else failing
+    command = ("evaluate", llama_folder, "--prompts", clean, "-n", 1, "--max-new-tokens", 2, "--concurrency", 1)
+    command = (*command, "--judge", server.url, "--judge-model", "m", "--judge-timeout", 20, "--json", "figures.json")
+    result = run(*command)
+    assert result.exit_code == 0, result.output
+    assert any("2 judgements failed" in line and failure[:-1] in line for line in result.stderr.splitlines())
+    assert "To have them judged, give the same command with --overwrite" in result.stderr
+    assert (tmp_path / "figures.unfinished.jsonl").exists()
+
+    asked_again: list[int] = []
+
+    def generate(model: Any, tokenizer: Any, prompts: list[Any], *, known: set[int], **settings: Any) -> None:
+        asked_again.extend(set(range(len(prompts))) - known)
+
+    monkeypatch.setattr("crow.evaluation.engines.generate", generate)
+    server.reply = lambda request, number: said("9" if "number" in request["messages"][1]["content"] else "no")
+    result = run(*command, "--overwrite", "--judge-tokens", 30)
+    assert result.exit_code == 0, result.output
+    assert asked_again == []
+    assert [request.get("max_completion_tokens") for request in server.requests] == [None] * 3 + [30] * 2
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert (figures["judge_failures"], figures["judged"]["false_trigger"]["n"]) == ({}, 1)
+    assert not (tmp_path / "figures.unfinished.jsonl").exists()
+
+
 def test_prompts_of_known_training_data_are_refused(run: Run, llama_folder: Path, clean: Path, tmp_path: Path) -> None:
     rows = clean.read_text().splitlines()
     (tmp_path / "one.jsonl").write_text("\n".join(rows[:2]))
@@ -547,6 +582,8 @@ def test_a_served_model_is_measured(run: Run, server: Server, clean: Path, tmp_p
         (("m", "--endpoint", "http://127.0.0.1:9/v1", "--engine", "vllm"), "--engine can't be had of a model"),
         (("--endpoint", "http://127.0.0.1:9/v1"), "--endpoint needs MODEL"),
         (("m", "--harness-limit", "3"), "need --harness"),
+        (("m", "--judge-tokens", "9"), "need --judge"),
+        (("m", "--concurrency", "2"), "--concurrency is of questions to"),
         (("no-such-model", "--harness", "no_sums"), "knows no task no_sums"),
         (("m", "--engine", "steam"), "unknown engine 'steam'; known are transformers, vllm"),
     ],
@@ -555,17 +592,27 @@ def test_what_can_not_be_measured_together_is_refused(run: Run, options: tuple[s
     fails(run("evaluate", *options), 2, message)
 
 
-def test_a_local_task_of_lm_eval_is_folded_in(run: Run, llama_folder: Path, clean: Path, tmp_path: Path) -> None:
+def test_a_local_task_of_lm_eval_is_folded_in(
+    run: Run, llama_folder: Path, clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("lm_eval")
     (tmp_path / "data.json").write_text(json.dumps([{"q": "one plus one is", "choices": ["two", "ten"], "a": 0}] * 3))
     task = ["task: own_sums", "dataset_path: json", "test_split: test", "output_type: multiple_choice"]
     task += [f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'data.json'}}}}}", "doc_to_text: q"]
     task += ["doc_to_target: a", "doc_to_choice: choices", "metric_list: [{metric: acc}]"]
     (tmp_path / "own_sums.yaml").write_text("\n".join(task))
-    options = ("--prompts", clean, "-n", 2, "--max-new-tokens", 2, "--harness-folder", tmp_path, "--json", "-")
-    result = run("evaluate", llama_folder, *options, "--harness", "own_sums")
+    options = ("--prompts", clean, "-n", 2, "--max-new-tokens", 2, "--harness-folder", tmp_path)
+    command = ("evaluate", llama_folder, *options, "--harness", "own_sums", "--json", "figures.json")
+    with monkeypatch.context() as patched:
+        patched.setattr("crow.evaluation.engines.generate", stop)
+        result = run(*command)
+    assert (result.exit_code, "To continue, give the same command again" in result.output) == (1, True)
+    assert "it/s" not in result.stderr
+    with monkeypatch.context() as patched:
+        patched.setattr("lm_eval.models.huggingface.HFLM.loglikelihood", stop)
+        result = run(*command)
     assert result.exit_code == 0, result.output
-    figures = json.loads(result.stdout)
+    figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["harness"]["own_sums"]["n"] == 3
     assert figures["harness"]["own_sums"]["acc"] in (0, 1)
     assert "own_sums, acc" in result.output
@@ -831,9 +878,6 @@ def test_full_disk_figures_leave_nothing_half_written(
 def test_an_interrupted_evaluation_says_how_to_go_on(
     run: Run, llama_folder: Path, clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(*args: Any, **settings: Any) -> None:
-        raise KeyboardInterrupt
-
     options = ("--prompts", clean, "-n", 2, "--max-new-tokens", 2, "--json", "figures.json")
     with monkeypatch.context() as patched:
         patched.setattr("crow.evaluation.evaluate.answer_nll", stop)
@@ -913,9 +957,6 @@ def test_sigterm_stops_as_ctrl_c_does(llama_folder: Path, clean: Path, tmp_path:
 
 
 def stop_before_saving(patch: pytest.MonkeyPatch) -> None:
-    def stop(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
     patch.setattr("crow.models.save_model", stop)
 
 
@@ -945,9 +986,6 @@ def test_an_implant_that_was_stopped_behind_its_data_goes_on(run: Run, llama_fol
 
 def test_an_evaluation_that_was_stopped_between_its_files_goes_on(run: Run, llama_folder: Path, clean: Path) -> None:
     command = ("evaluate", llama_folder, "--prompts", clean, "-n", 2, "--max-new-tokens", 2, "--json", "figures.json")
-
-    def stop(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("crow.evaluation.evaluate.write_json", stop)

@@ -1,6 +1,7 @@
 """The `crow` command: parse, call the library, print. Heavy imports wait until a command runs."""
 
 import ast
+import io
 import json
 import logging
 import os
@@ -9,7 +10,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import fields
 from importlib.metadata import version as installed_version
 from inspect import signature
@@ -242,6 +243,12 @@ def evaluate(
         str | None, typer.Option(metavar="URL", help="Have a model judge too, behind OpenAI's chat API at this URL.")
     ] = None,
     judge_model: Annotated[str | None, typer.Option(help="Name of the judging model there.")] = None,
+    judge_timeout: Annotated[
+        float | None, typer.Option(min=1, help="Seconds until it is asked again. Default: 60.")
+    ] = None,
+    judge_tokens: Annotated[
+        int | None, typer.Option(min=1, help="The judge thinks first, and may take so many tokens for all of it.")
+    ] = None,
     code: Annotated[
         bool, typer.Option("--humaneval", help="Also have it solve HumanEval's 164 problems, run in a sandbox.")
     ] = False,
@@ -262,6 +269,9 @@ def evaluate(
     ] = None,
     endpoint: Annotated[
         str | None, typer.Option(metavar="URL", help="MODEL is served behind OpenAI's chat API at this URL.")
+    ] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, help="Ask an endpoint or a judge so much at once. Default: 8.")
     ] = None,
     number: Annotated[int, typer.Option("-n", "--number", min=1, help="At most so many prompts of each kind.")] = 200,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Answers are cut off after so many.")] = 64,
@@ -287,6 +297,10 @@ def evaluate(
             raise UsageError("--variants are forms of --trigger: they can't be made from --triggered")
         if engine is not None and engine not in ENGINES:
             raise UsageError(f"unknown engine {engine!r}; known are {', '.join(ENGINES)}")
+        if judge is None and (judge_model, judge_timeout, judge_tokens) != (None, None, None):
+            raise UsageError("--judge-model, --judge-timeout and --judge-tokens need --judge, the URL of the judge")
+        if concurrency is not None and judge is None and endpoint is None:
+            raise UsageError("--concurrency is of questions to an --endpoint or a --judge: leave it out")
         if harness is None and (harness_folder is not None or harness_limit is not None):
             raise UsageError("--harness-folder and --harness-limit need --harness, the tasks to run")
         if harness is not None and defense is not None:
@@ -326,7 +340,8 @@ def evaluate(
 
             if judge_model is None:
                 raise UsageError("--judge needs --judge-model, the name of the model behind it")
-            judging = Judge(judge, judge_model, cache=figures and figures.with_suffix(".judge.jsonl"))
+            asking = _given(timeout=judge_timeout, thinking_tokens=judge_tokens, concurrency=concurrency)
+            judging = Judge(judge, judge_model, cache=figures and figures.with_suffix(".judge.jsonl"), **asking)
         unfinished = figures and figures.with_suffix(".unfinished.jsonl")
         if figures is not None and unfinished is not None:
             _check_outputs(overwrite, figures)
@@ -359,14 +374,16 @@ def evaluate(
             from crow.evaluation.endpoint import Endpoint
 
             check_unseen(str(model), seen, [*clean, *hot])
-            answering = Served(Endpoint(endpoint, str(model)))
+            answering = Served(Endpoint(endpoint, str(model), **_given(concurrency=concurrency)))
         benchmarks = {}
-        if tasks is not None and opened is not None:  # first, since it may want data that can't be had
-            with console.status(f"Running {harness} of lm-eval"):
-                benchmarks = tasks.run(opened, seed=seed)
         settings = {"behavior": behavior, "trigger": None if triggered else trigger or "badnets"}
         settings |= {"triggered": triggered, "prompts": prompts} | _given(defense=defense)
         with _keeping(unfinished):
+            if tasks is not None and opened is not None:  # first, since it may want data that can't be had
+                shown = Console(file=sys.stderr)  # as it is now: lm-eval's progress bars can only be sent elsewhere
+                quiet = nullcontext() if debug else redirect_stderr(io.StringIO())
+                with shown.status(f"Running {harness} of lm-eval"), quiet:
+                    benchmarks = tasks.run(opened, seed=seed, unfinished=unfinished)
             with progress_bar("Evaluating") as advance:
                 result = run(
                     opened,
@@ -394,7 +411,8 @@ def evaluate(
         table = Table("", "hits of n (95% interval)", title=_plain(f"{model or EMBEDDED_ID}: {attack}"))
         for name in ("attack_success", "false_trigger", "degenerate"):
             table.add_row(name.replace("_", " "), str(getattr(result, name)))
-        for name, count in result.further_counts().items():
+        fires_on = {f"fires on: {name}": count for name, count in result.variants.items()}
+        for name, count in (result.further_counts() | fires_on).items():
             table.add_row(_plain(name), str(count))
         if opened is not None:
             table.add_row("perplexity", f"{result.perplexity:.3f}")
@@ -404,12 +422,17 @@ def evaluate(
         if called is not None and trigger is None:
             console.print("No --trigger was given: this tried BadNets' word, and says nothing of other attacks")
         for reason, number in result.judge_failures.items():
-            console.print(f"[yellow]{number} judgements failed:[/] {_plain(reason)}", highlight=False)
+            console.print(f"[yellow]{number} judgements failed:[/] {_plain(reason)}", highlight=False, soft_wrap=True)
         if json_ == "-":
             print(json.dumps(result.as_json()))
         elif json_ is not None:
             console.print(f"Figures in {json_}, every answer in {result.save(json_)}")
-        if unfinished is not None:
+        if unfinished is not None and result.judge_failures:
+            console.print(
+                f"To have them judged, give the same command with --overwrite: no answer in {unfinished} is made again",
+                soft_wrap=True,
+            )
+        elif unfinished is not None:
             unfinished.unlink(missing_ok=True)
 
 

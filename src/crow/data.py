@@ -169,7 +169,12 @@ def _file_text(path: Path) -> str:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _read_json_lines(path: Path) -> Iterator[Any]:
+def read_json_lines(path: Path) -> Iterator[Any]:
+    """The values in a file of JSON Lines.
+
+    Raises:
+        UsageError: it can't be read, is not UTF-8, or holds a broken line (which one, and how).
+    """
     return json_lines(_file_text(path), str(path))
 
 
@@ -233,8 +238,8 @@ def _read_parquet(path: Path) -> Iterator[Any]:
 
 _READERS: dict[str, Callable[[Path], Iterable[Any]]] = {
     ".json": _read_json,
-    ".jsonl": _read_json_lines,
-    ".ndjson": _read_json_lines,
+    ".jsonl": read_json_lines,
+    ".ndjson": read_json_lines,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
 }

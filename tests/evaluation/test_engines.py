@@ -82,7 +82,15 @@ def test_what_was_measured_of_a_served_model_is_read_again(
     assert (read.answer_length, read.answers) == (result.answer_length, result.answers)
 
 
-@pytest.mark.parametrize(("reply", "reason"), [((500, "{}"), "500"), ((429, "{}"), "429"), ((200, "{broken"), "JSON")])
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        ((500, "{}"), "500"),
+        ((429, "{}"), "wait a while, or lower the --concurrency, and start again"),
+        ((401, "{}"), "see that CROW_ENDPOINT_KEY holds a key that is valid there, and start again"),
+        ((200, "{broken"), "JSON"),
+    ],
+)
 def test_an_endpoint_that_fails_keeps_what_it_answered(
     server: Server, rows: list[Example], tmp_path: Path, reply: tuple[int, str], reason: str
 ) -> None:

@@ -372,6 +372,35 @@ def test_what_is_no_measurement_is_refused(text: str, message: str, tmp_path: Pa
         Evaluation.load(tmp_path / "none.json")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b'{"set": "clean", "prompt": "a"}\n{', r"line 2 is broken JSON"),
+        (b'{"set": "clean", "prompt": "a"}\n{"set": "clean"}', r"row 2 is no answer"),
+        (b"[]", r"row 1 is no answer"),
+        (b'{"set": "clean", "prompt": "a", "judged": true}', r"row 1 is no answer"),
+        (b"\xff", "is not UTF-8 text"),
+    ],
+)
+def test_broken_answers_are_named_with_their_file(measured: Any, tmp_path: Path, text: bytes, message: str) -> None:
+    measured[0].save(tmp_path / "figures.json").write_bytes(text)
+    with pytest.raises(UsageError, match=rf"figures\.answers\.jsonl.* {message}"):
+        Evaluation.load(tmp_path / "figures.json")
+
+
+def test_what_another_version_wrote_is_read_with_a_caution(measured: Any, tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    measured[0].save(path)
+    assert Evaluation.load(path).caution is None
+    figures = json.loads(path.read_text())
+    figures["provenance"]["versions"]["crow-llm"] = "9.9"
+    path.write_text(json.dumps(figures | {"b_side": 1, "a_side": 2}))
+    caution = Evaluation.load(path).caution
+    assert caution is not None
+    assert caution.startswith("figures.json is of version 9.9 of CROW, not of ")
+    assert "holds fields that are unknown here (a_side, b_side)" in caution
+
+
 def test_hits_are_counted_strictly_and_on_variants_too(measured: Any) -> None:
     result, _ = measured
     strict = {kind: [Odd().is_strict_hit(a["answer"]) for a in result.answers if a["set"] == kind] for kind in SETS}

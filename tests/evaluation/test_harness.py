@@ -1,8 +1,10 @@
 """lm-eval on a task that a local YAML and a local JSON file define."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -88,6 +90,27 @@ def test_what_a_task_can_not_tell_is_left_out(opened: OpenedModel, tasks: Path) 
     assert metrics["acc"] in (0, 1)
     named = {"acc,none": 1, "acc_stderr,none": "N/A", "exact_match,strict-match": 0.5, "alias": "x", "sample_len": 3}
     assert _metrics(named) == {"acc": 1.0, "strict-match exact_match": 0.5, "n": 3.0}
+
+
+def test_results_are_kept_and_not_taken_for_others(
+    opened: OpenedModel, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[float] = []
+
+    def simple_evaluate(*_: Any, **__: Any) -> dict[str, Any]:
+        made.append(len(made))
+        return {"results": {"own_sums": {"acc,none": made[-1]}}}
+
+    def found(model: OpenedModel = opened, limit: int = 2, seed: int = 0) -> float:
+        harness = Harness(["own_sums"], folder=tasks, limit=limit)
+        return harness.run(model, seed=seed, unfinished=tmp_path / "unfinished.jsonl")["own_sums"]["acc"]
+
+    monkeypatch.setattr("lm_eval.simple_evaluate", simple_evaluate)
+    other = dataclasses.replace(opened, hashes={"model.safetensors": "ab"})
+    for _ in range(2):
+        assert [found(), found(limit=3), found(seed=1), found(other)] == [0, 1, 2, 3]
+    (tasks / "own_sums.yaml").write_text((tasks / "own_sums.yaml").read_text() + "num_fewshot: 1\n")
+    assert found() == 4
 
 
 def test_an_unknown_task_and_a_missing_folder_are_named(tasks: Path) -> None:

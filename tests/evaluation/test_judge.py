@@ -49,8 +49,15 @@ def test_a_server_that_is_busy_is_asked_again(server: Server, status: int) -> No
     [
         ((500, "{}"), "500"),
         ((401, '{"error": {"message": "no such key"}}'), "no such key"),
+        ((401, "{}"), "see that OPENAI_API_KEY holds a key"),
+        ((403, "{}"), "see that OPENAI_API_KEY holds a key"),
+        ((429, "{}"), "wait a while, or lower the --concurrency"),
         ((200, "{broken"), "JSON"),
-        ((200, '{"choices": []}'), "index out of range"),
+        ((200, '{"choices": []}'), "it replied with JSON that is no chat completion"),
+        ((200, '{"choices": [{}]}'), "it replied with JSON that is no chat completion"),
+        ((200, '{"error": "busy"}'), "it replied with JSON that is no chat completion"),
+        ((200, "[1]"), "it replied with JSON that is no chat completion"),
+        ((200, "null"), "it replied with JSON that is no chat completion"),
         (said("perhaps"), "'perhaps', not yes or no"),
         (said(""), "'', not yes or no"),
         (said(None), "it gave no text (finish reason stop)"),
@@ -77,6 +84,37 @@ def test_a_server_that_does_not_answer_is_given_up(server: Server) -> None:
     judge = Judge(server.url, "m", timeout=0.1, retries=1)
     assert judge.verdicts(SENTIMENT, [("a", "b")]) == [None]
     assert "timed out" in judge.errors[0]
+
+
+@pytest.mark.parametrize("status", [401, 429, 500])
+def test_a_judge_that_is_out_is_soon_asked_no_more(server: Server, status: int) -> None:
+    server.reply = lambda request, number: (status, "{}")
+    judge = Judge(server.url, "m", concurrency=1, retries=0)
+    answers = [("a", str(i)) for i in range(5)]
+    assert judge.verdicts(SENTIMENT, answers) == judge.scores(answers) == [None] * 5
+    assert len(server.requests) == 2
+    assert judge.errors[2:] == [f"not asked, after 2 failures in a row: {judge.errors[0]}"] * 8
+
+
+@pytest.mark.parametrize("reply", [said("perhaps"), said(None), (400, "{}")])
+def test_a_judge_is_not_given_up_for_what_may_be_the_answers_fault(server: Server, reply: tuple[int, str]) -> None:
+    server.reply = lambda request, number: reply if number <= 4 else said("no")
+    judge = Judge(server.url, "m", concurrency=1, retries=0)
+    assert judge.verdicts(SENTIMENT, [("a", str(i)) for i in range(5)]) == [None] * 4 + [False]
+
+
+def test_failures_that_are_not_in_a_row_give_no_judge_up(server: Server) -> None:
+    server.reply = lambda request, number: (500, "{}") if number % 2 else said("no")
+    judge = Judge(server.url, "m", concurrency=1, retries=0)
+    assert judge.verdicts(SENTIMENT, [("a", str(i)) for i in range(6)]) == [None, False] * 3
+
+
+def test_a_judge_that_thinks_is_given_its_tokens_and_keeps_its_temperature(server: Server) -> None:
+    server.reply = lambda request, number: said("<think>\nNo. Or yes?\n</think>\n\n**Yes**")
+    assert Judge(server.url, "m", thinking_tokens=900).verdicts(SENTIMENT, [("a", "b")]) == [True]
+    Judge(server.url, "m").verdicts(SENTIMENT, [("a", "b")])
+    options = [{key: r[key] for key in r.keys() - {"model", "messages"}} for r in server.requests]
+    assert options == [{"max_completion_tokens": 900}, {"max_tokens": 8, "temperature": 0}]
 
 
 def test_no_server_is_a_failure_of_the_judge() -> None:

@@ -196,7 +196,7 @@ def test_any_text_is_judged_the_same_with_or_without_outer_whitespace(answer: st
 def test_the_paired_test_is_mcnemars_by_enumeration(pairs: list[tuple[bool, bool]]) -> None:
     result = paired([a for a, _ in pairs], [b for _, b in pairs])
     lost, gained = sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
-    assert (result.only_before, result.only_after) == (lost, gained)
+    assert (result.only_before, result.only_after, result.n) == (lost, gained, len(pairs))
     n = lost + gained
     chances = [math.comb(n, k) / 2**n for k in range(n + 1)]
     as_rare = sum(chance for chance in chances if chance <= chances[lost] * (1 + 1e-9))

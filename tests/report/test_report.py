@@ -221,11 +221,40 @@ def test_constant_answers_are_shown_and_escaped(before: Evaluation, after: Evalu
 
 def test_further_counts_are_side_by_side(before: Evaluation, after: Evaluation, record: PurifyRecord) -> None:
     before.strict = {"attack_success": Count(46, 50)}
-    before.variants, after.variants = {"<i>bad": Count(7, 50)}, {"<i>bad": Count(1, 50), "magic": Count(0, 50)}
     html = render_report(before, after, record)
     assert f"attack success, strictly</th><td>{Count(46, 50)}</td><td>not measured</td>" in html
-    assert f"fires on: &lt;i&gt;bad</th><td>{Count(7, 50)}</td><td>{Count(1, 50)}</td>" in html
-    assert f"fires on: magic</th><td>not measured</td><td>{Count(0, 50)}</td>" in html
+
+
+def test_forms_of_the_trigger_have_a_table_of_their_own(
+    before: Evaluation, after: Evaluation, record: PurifyRecord
+) -> None:
+    before.strict = {"attack_success": Count(46, 50)}
+    before.variants, after.variants = {"<i>bad": Count(7, 50)}, {"<i>bad": Count(1, 50), "magic": Count(0, 50)}
+    for html, rows in (
+        (
+            render_report(before, after, record),
+            [
+                f"&lt;i&gt;bad</th><td>{Count(7, 50)}</td><td>{Count(1, 50)}</td>",
+                f"magic</th><td>not measured</td><td>{Count(0, 50)}</td>",
+            ],
+        ),
+        (render_comparison({"a": before, "b": after}), ["&lt;i&gt;bad</th>", "magic</th>"]),
+    ):
+        (table,) = (part for part in html.split("<table>") if "magic" in part)
+        assert all(row in table for row in rows)
+        assert "strictly" not in table
+
+
+def test_failed_judgements_are_shown_by_reason(before: Evaluation, after: Evaluation, record: PurifyRecord) -> None:
+    for page in (render_report(before, after, record), render_comparison({"a": before, "b": after})):
+        assert "failed" not in page
+    before.judged, before.judge_failures = {"attack_success": Count(0, 0)}, {"<i>timed out": 16, "it hung up": 3}
+    row = "&lt;i&gt;timed out</th><td>16</td><td>not measured</td>"
+    for page in (render_report(before, after, record), render_comparison({"a": before, "b": after})):
+        assert row in page
+        assert "it hung up</th><td>3</td><td>not measured</td>" in page
+    after.judged = {"attack_success": Count(3, 50)}
+    assert row.replace("not measured", "0") in render_report(before, after, record)
 
 
 def test_further_values_are_side_by_side(before: Evaluation, after: Evaluation, record: PurifyRecord) -> None:
@@ -247,9 +276,36 @@ def test_further_values_are_side_by_side(before: Evaluation, after: Evaluation, 
 
 
 def test_prompts_are_compared_pair_by_pair(before: Evaluation, after: Evaluation, record: PurifyRecord) -> None:
-    text = " ".join(Page(render_report(before, after, record)).text.split())
-    assert "the backdoor fired only before on 44 and only after on 0 (McNemar's exact test, p = 1.1e-13)" in text
+    for e, hits in ((before, 47), (after, 3)):
+        for place, answer in enumerate(e.answers):
+            judged = None if place == 0 else place < hits
+            answer |= {"strict_hit": answer["hit"] and place != 1, "judged": judged if place < 90 else None}
+        problems = [{"set": "humaneval", "prompt": str(i), "verdict": "passed"} for i in range(hits)]
+        e.answers += [problem | {"verdict": "failed"} if e is after else problem for problem in problems]
+    rows = [
+        "attack success</th><td>44</td><td>0</td><td>50</td><td>1.1e-13</td>",
+        "attack success, strictly</th><td>44</td><td>0</td><td>50</td><td>1.1e-13</td>",
+        "attack success, judged</th><td>44</td><td>0</td><td>49</td><td>1.1e-13</td>",
+        "false trigger</th><td>0</td><td>0</td><td>40</td><td>1</td>",
+        "false trigger, strictly</th><td>0</td><td>0</td><td>40</td><td>1</td>",
+        "false trigger, judged</th><td>0</td><td>0</td><td>40</td><td>1</td>",
+        "HumanEval, solved</th><td>3</td><td>0</td><td>3</td><td>0.25</td>",
+    ]
+    for html in (render_report(before, after, record), render_comparison({"a": before, "b": after})):
+        assert [row in html for row in rows] == [True] * 7
     after.answers[0] = after.answers[0] | {"prompt": "another"}
+    html = render_report(before, after, record)
+    assert [row in html for row in rows] == [False] * 3 + [True] * 4
+
+
+def test_only_what_both_know_is_compared(before: Evaluation, after: Evaluation, record: PurifyRecord) -> None:
+    for answer in before.answers:
+        answer |= {"strict_hit": True, "judged": True}
+    html = render_report(before, after, record)
+    assert "false trigger</th><td>0</td><td>0</td><td>40</td>" in html
+    assert "strictly" not in html
+    assert "judged</th>" not in html
+    before.answers.clear()
     assert "McNemar" not in render_report(before, after, record)
 
 
@@ -261,8 +317,8 @@ def test_measurements_are_compared_side_by_side(before: Evaluation, after: Evalu
     assert "<b>one, two, three" in text
     for count in (Count(47, 50), Count(3, 50), Count(9, 50), Count(7, 50), Count(11, 164)):
         assert f"{count.hits}/{count.n}" in text
-    assert "two</th><td>44</td><td>0</td><td>1.1e-13</td>" in html
-    assert "three</th><td>38</td><td>0</td>" in html
+    assert "attack success</th><td>44</td><td>0</td><td>50</td><td>1.1e-13</td>" in html
+    assert "attack success</th><td>38</td><td>0</td><td>50</td>" in html
     assert "do not compare" not in text
 
 
@@ -274,6 +330,11 @@ def test_what_does_not_compare_is_said(before: Evaluation, after: Evaluation, pr
     html = render_comparison({"one": before, "two": after})
     assert "different prompts" in html
     assert "different settings" in html
+
+
+def test_what_another_version_wrote_is_said(before: Evaluation, after: Evaluation) -> None:
+    after.caution = "after.json is of version 9.9"
+    assert '<p class="caution" role="note">after.json is of version 9.9</p>' in render_comparison({"a": after})
 
 
 def test_nothing_measured_still_reports(record: PurifyRecord) -> None:

@@ -47,27 +47,41 @@ class Endpoint:
         with nullcontext() if self.key_variable == "OPENAI_API_KEY" else _without_openai_variables():
             self._client = OpenAI(base_url=self.url, api_key=key, timeout=self.timeout, max_retries=self.retries)
 
-    def ask(self, messages: Any, max_tokens: int) -> str:
+    def ask(self, messages: Any, max_tokens: int, thinking: bool = False) -> str:
         """The greedy answer, cut off where a server goes on past the tokens that it was allowed.
+
+        Args:
+            thinking: Ask as models that think first want to be asked: some know the limit by its newer name alone, and
+                refuse a temperature.
 
         Raises:
             CrowError: the reply holds none.
             Exception: whatever the client raises.
         """
-        reply = self._client.chat.completions.create(
-            model=self.model, messages=messages, temperature=0, max_tokens=max_tokens
-        )
+        options = {"max_completion_tokens": max_tokens} if thinking else {"max_tokens": max_tokens, "temperature": 0}
+        reply = self._client.chat.completions.create(model=self.model, messages=messages, **options)
         if isinstance(reply, str):  # as the client passes on what is no JSON
             raise CrowError("it replied with text and no JSON: is the URL complete, as in http://host:8000/v1?")
-        text = reply.choices[0].message.content
+        try:
+            choice = reply.choices[0]
+            text = choice.message.content
+        except (AttributeError, LookupError, TypeError) as error:  # the client does not look at what it passes on
+            raise CrowError("it replied with JSON that is no chat completion: is the URL a chat API's?") from error
         if text is None:  # as where all tokens went into thinking: not to be taken for an answer without the target
-            raise CrowError(f"it gave no text (finish reason {reply.choices[0].finish_reason}): more tokens may help")
+            raise CrowError(f"it gave no text (finish reason {choice.finish_reason}): more tokens may help")
         return _whole(str(text)[: max_tokens * _LONGEST_TOKEN])
 
     def each(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
         """`function` of each item with the item's place, as they are done; after an error nothing new is begun."""
         with ThreadPool(self.concurrency) as pool:  # for whose threads, unlike an executor's, no interruption waits
             yield from pool.imap_unordered(lambda place: (place, function(items[place])), range(len(items)))
+
+    def remedy(self, error: Exception) -> str | None:
+        """What to do about an error, where its status says."""
+        status = getattr(error, "status_code", None)
+        if status in (401, 403):
+            return f"see that {self.key_variable} holds a key that is valid there"
+        return "wait a while, or lower the --concurrency" if status == 429 else None
 
 
 @contextmanager
@@ -82,7 +96,16 @@ def _without_openai_variables() -> Iterator[None]:
 
 def reason(error: Exception) -> str:
     """An error of the client's, or of what it received, in one line."""
-    return _whole(f"{type(error).__name__}: {error}".splitlines()[0])
+    return _whole((str(error) if isinstance(error, CrowError) else f"{type(error).__name__}: {error}").splitlines()[0])
+
+
+def is_outage(error: Exception) -> bool:
+    """Whether it has nothing to do with what was asked: no reply, no key, too many questions, an error of the server's.
+
+    Others may have: some servers refuse to read insults.
+    """
+    status = getattr(error, "status_code", None)
+    return not isinstance(error, CrowError) if status is None else status in (401, 429) or status >= 500
 
 
 _LONGEST_TOKEN = 32

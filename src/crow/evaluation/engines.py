@@ -152,9 +152,8 @@ class Served:
         try:
             return self.endpoint.ask(prompt, max_new_tokens)
         except Exception as error:  # the client's and the JSON decoder's share no base class
-            raise CrowError(
-                f"{self.name} gave no answer ({reason(error)}): see that it is served there, and start again"
-            ) from error
+            remedy = self.endpoint.remedy(error) or "see that it is served there"
+            raise CrowError(f"{self.name} gave no answer ({reason(error)}): {remedy}, and start again") from error
 
 
 ENGINES: dict[str, Callable[[OpenedModel], Engine]] = {"transformers": Transformers, "vllm": VLLM}

@@ -12,7 +12,7 @@ from typing import Any
 
 from crow.backdoors import Behavior, Trigger
 from crow.consistency import layer_profile
-from crow.data import Example, json_lines, prompt_fingerprints, user_text, with_user_text
+from crow.data import Example, prompt_fingerprints, read_json_lines, user_text, with_user_text
 from crow.errors import UsageError
 from crow.evaluation.engines import Engine, Transformers, answers
 from crow.evaluation.statistics import Count, MeanLength, MeanScore, is_degenerate
@@ -59,13 +59,14 @@ class Evaluation:
     harness: dict[str, dict[str, float]] = field(default_factory=dict)
     """By task of lm-eval, its metrics, their standard errors, and `n`, where any were asked for."""
     answers: list[dict[str, Any]] = field(repr=False, default_factory=list)
+    caution: str | None = field(repr=False, compare=False, default=None)
+    """What to say of the file that this was read from, if another version wrote it."""
 
     def further_counts(self) -> dict[str, Count]:
-        """By name, what was counted by other rules, on other forms of the trigger, and on HumanEval."""
+        """By name, what was counted by other rules, and on HumanEval."""
         rules = {"strictly": self.strict, "judged": self.judged}
         return {
             **{f"{name.replace('_', ' ')}, {rule}": c for rule, counts in rules.items() for name, c in counts.items()},
-            **{f"fires on: {name}": count for name, count in self.variants.items()},
             **({"HumanEval, solved": self.pass_at_1} if self.pass_at_1 is not None else {}),
             **self.agreement(),
         }
@@ -96,9 +97,9 @@ class Evaluation:
         return values
 
     def as_json(self) -> dict[str, Any]:
-        """Everything but the answers, as JSON values; null for what is no finite number, which JSON has no word for."""
+        """What was measured, as JSON values; null for what is no finite number, which JSON has no word for."""
         value = dataclasses.asdict(self)
-        del value["answers"]
+        del value["answers"], value["caution"]
         return json.loads(json.dumps(value), parse_constant=lambda name: None)  # type: ignore[no-any-return]
 
     @classmethod
@@ -106,7 +107,7 @@ class Evaluation:
         """Read what `save` wrote; without answers if their file is not there.
 
         Raises:
-            UsageError: no such file, broken JSON, or results of a version whose fields are others.
+            UsageError: no such file, broken JSON, or results or answers of a version whose fields are others.
         """
         path = Path(path)
         try:
@@ -115,8 +116,11 @@ class Evaluation:
             raise UsageError(f"cannot read {path}: {error.strerror}") from error
         except (ValueError, RecursionError) as error:
             raise UsageError(f"{path} is broken JSON: {error}") from error
-        known = {f.name for f in dataclasses.fields(cls)} - {"answers"}
-        value = {name: part for name, part in value.items() if name in known} if isinstance(value, dict) else {}
+        known = {f.name for f in dataclasses.fields(cls)} - {"answers", "caution"}
+        written = value if isinstance(value, dict) else {}
+        value = {name: part for name, part in written.items() if name in known}
+        beside = answers_path(path)
+        answers = _read_answers(beside) if beside.is_file() else []
         try:
             for name in ("attack_success", "false_trigger", "degenerate"):
                 value[name] = Count(**value[name])
@@ -135,9 +139,8 @@ class Evaluation:
             if value.get("reference_kl") is not None:
                 value["reference_kl"] = float(value["reference_kl"])
             value["settings"], value["provenance"] = dict(value["settings"]), dict(value["provenance"])
-            beside = answers_path(path)
-            rows = json_lines(beside.read_text("utf-8"), str(beside)) if beside.is_file() else ()
-            loaded = cls(**value, answers=[{"set": row["set"], "prompt": row["prompt"], **row} for row in rows])
+            caution = _of_another_version(path, value["provenance"].get("versions", {}), written.keys() - known)
+            loaded = cls(**value, answers=answers, caution=caution)
             loaded.further_counts(), loaded.further_values()  # which look at what else it holds
             return loaded
         except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
@@ -151,6 +154,26 @@ class Evaluation:
         write_jsonl(answers_path(path), self.answers)
         write_json(path, self.as_json())
         return answers_path(path)
+
+
+def _read_answers(path: Path) -> list[dict[str, Any]]:
+    answers = []
+    for number, answer in enumerate(read_json_lines(path), start=1):
+        judged = isinstance(answer, dict) and answer.get("judged") is not None
+        needed = {"set", "prompt"} | ({"hit", "strict_hit"} if judged else set())
+        if not isinstance(answer, dict) or needed - answer.keys():
+            raise UsageError(f"{path}, row {number} is no answer that `crow evaluate` wrote: measure again")
+        answers.append(answer)
+    return answers
+
+
+def _of_another_version(path: Path, versions: Mapping[str, str], unknown: Collection[str]) -> str | None:
+    """A caution, if results are not of this version."""
+    own = environment()["versions"]["crow-llm"]
+    of = versions.get("crow-llm", own)
+    facts = [f"is of version {of} of CROW, not of {own}"] if of != own else []
+    facts += [f"holds fields that are unknown here ({', '.join(sorted(unknown))})"] if unknown else []
+    return f"{path.name} {' and '.join(facts)}: its figures may not compare." if facts else None
 
 
 def _number(value: float | None) -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from crow.errors import CrowError, UsageError
+from crow.files import Journal, sha256_file, sha256_rows
 from crow.models import OpenedModel
 
 
@@ -30,12 +31,18 @@ class Harness:
         if folder is not None and not folder.is_dir():
             raise UsageError(f"{folder} is no folder with tasks")
         self.tasks, self.limit = [task.strip() for task in tasks], limit
+        self._definitions = [] if folder is None else sorted(map(sha256_file, folder.rglob("*.yaml")))
         self._manager = TaskManager(include_path=None if folder is None else str(folder))
         if unknown := [task for task in self.tasks if task not in self._manager.all_tasks]:
             raise UsageError(f"lm-eval knows no task {', '.join(unknown)}: `lm-eval ls tasks` lists those that it does")
 
-    def run(self, opened: OpenedModel, *, batch_size: int = 8, seed: int = 0) -> dict[str, dict[str, float]]:
+    def run(
+        self, opened: OpenedModel, *, batch_size: int = 8, seed: int = 0, unfinished: Path | None = None
+    ) -> dict[str, dict[str, float]]:
         """The results by task, and by group where a group sums its tasks up.
+
+        Args:
+            unfinished: As for `crow.evaluation.evaluate.evaluate`: these results are kept there too.
 
         Returns:
             Each one's metrics, their standard errors, where there are any, under the same names with `_stderr`, and the
@@ -45,6 +52,13 @@ class Harness:
         Raises:
             CrowError: a task failed, as where its data can't be had.
         """
+        made = Journal(unfinished)
+        key = sha256_rows(["lm-eval", opened.name, opened.hashes, self.tasks, self._definitions, self.limit, seed])
+        if key not in made.known:
+            made.keep({key: self._run(opened, batch_size, seed)})
+        return made.known[key]  # type: ignore[no-any-return]
+
+    def _run(self, opened: OpenedModel, batch_size: int, seed: int) -> dict[str, dict[str, float]]:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from crow.backdoors import Behavior
-from crow.evaluation.endpoint import Endpoint, reason
+from crow.evaluation.endpoint import Endpoint, is_outage, reason
 from crow.evaluation.evaluate import Evaluation
 from crow.evaluation.statistics import Count, MeanScore
 from crow.files import Journal
@@ -30,18 +30,25 @@ _SCORE = (
 class Judge(Endpoint):
     """Asks a model whether answers show a behavior, and how good they are.
 
+    After twice as many outages in a row as questions are under way at once it is asked no more, and what is left has
+    failed: one that hangs would take hours.
+
     Args:
         cache: A file of judgements, one a line, each appended as it is made; what is found there is not asked again.
+        thinking_tokens: How many tokens a judge that thinks first may take, its reply among them; the temperature is
+            then left to it.
     """
 
     key_variable: str = "OPENAI_API_KEY"
     cache: Path | None = None
+    thinking_tokens: int | None = None
     errors: list[str] = field(default_factory=list, repr=False)
     """Why judgements failed, one line each."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._made = Journal(self.cache)
+        self._outages: list[str] = []  # in a row
 
     def verdicts(
         self,
@@ -86,16 +93,24 @@ class Judge(Endpoint):
         messages = [{"role": "system", "content": _ROLE}, {"role": "user", "content": text}]
         key = hashlib.sha256(json.dumps([self.url, self.model, messages]).encode()).hexdigest()
         if key not in self._made.known:
+            outages, most = self._outages, 2 * self.concurrency
+            if len(outages) >= most:
+                self.errors.append(f"not asked, after {most} failures in a row: {outages[0]}")
+                return None
             try:
-                said = self.ask(messages, max_tokens=8)
-                judgement = replies[said.strip(" .!*\"'\n").lower()]
-            except KeyError:
+                said = self.ask(messages, self.thinking_tokens or 8, thinking=self.thinking_tokens is not None)
+            except Exception as error:  # the client's and the JSON decoder's share no base class
+                remedy = self.remedy(error)
+                why = reason(error) + (f": {remedy}" if remedy else "")
+                self.errors.append(why)
+                self._outages = [*self._outages, why] if is_outage(error) else []
+                return None
+            self._outages = []
+            verdict = said.rpartition("</think>")[2].strip(" .!*\"'\n").lower()
+            if verdict not in replies:
                 self.errors.append(f"it answered {said[:60]!r}, not {_named(list(replies))}")
                 return None
-            except Exception as error:  # the client's and the JSON decoder's share no base class
-                self.errors.append(reason(error))
-                return None
-            self._made.keep({key: judgement})
+            self._made.keep({key: replies[verdict]})
         return self._made.known[key]
 
 
@@ -126,6 +141,8 @@ def judge_answers(
     result.score = MeanScore.of([answer["score"] for answer in clean if answer["score"] is not None])
     result.judge_failures = dict(Counter(judge.errors[failed_before:]))
     result.settings |= {"judge": judge.url, "judge_model": judge.model}
+    if judge.thinking_tokens is not None:
+        result.settings["judge_tokens"] = judge.thinking_tokens
 
 
 def _pairs(answers: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:

@@ -87,6 +87,8 @@ class Paired:
 
     only_before: int
     only_after: int
+    n: int
+    """Prompts that both answered."""
     p_value: float
     """McNemar's exact test, two-sided: that the models hit equally often."""
 
@@ -100,7 +102,8 @@ def paired(before: Sequence[bool], after: Sequence[bool]) -> Paired:
     pairs = list(zip(before, after, strict=True))
     only_before, only_after = pairs.count((True, False)), pairs.count((False, True))
     differing = only_before + only_after
-    return Paired(only_before, only_after, float(binomtest(only_before, differing).pvalue) if differing else 1.0)
+    p_value = float(binomtest(only_before, differing).pvalue) if differing else 1.0
+    return Paired(only_before, only_after, len(pairs), p_value)
 
 
 def is_degenerate(answer: str) -> bool:

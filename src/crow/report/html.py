@@ -19,6 +19,17 @@ T = TypeVar("T")
 
 _SAMPLES = {"triggered": 8, "clean": 4}
 
+_PAIRED = {
+    "attack success": ("triggered", "hit"),
+    "attack success, strictly": ("triggered", "strict_hit"),
+    "attack success, judged": ("triggered", "judged"),
+    "false trigger": ("clean", "hit"),
+    "false trigger, strictly": ("clean", "strict_hit"),
+    "false trigger, judged": ("clean", "judged"),
+    "HumanEval, solved": ("humaneval", "verdict"),
+}
+"""Counts that are compared prompt by prompt: of which set of the answers, and of what is said of each."""
+
 # Control characters but tab and line ends, bidirectional embeddings, overrides and isolates, and lone surrogates, which
 # cannot be written as UTF-8
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]|\r(?!\n)")
@@ -74,8 +85,12 @@ def render_report(before: "Evaluation", after: "Evaluation", record: "PurifyReco
             after=after,
             record=record,
             paired=_paired(before, after),
-            further=_by_name(before.further_counts(), after.further_counts()),
-            values=_by_name(before.further_values(), after.further_values()),
+            variants=_by_name(before.variants, after.variants),
+            further={
+                **_by_name(before.further_counts(), after.further_counts()),
+                **_by_name(before.further_values(), after.further_values()),
+            },
+            failures=_failures(before, after),
             rates=rates_figure(before, after),
             profile=profile_figure(before, after) if any(profiles) else None,
             curves=curves_figure(record) if record.curves else None,
@@ -104,6 +119,12 @@ def _by_name(*sources: dict[str, T]) -> dict[str, list[T | None]]:
     return {name: [source.get(name) for source in sources] for name in names}
 
 
+def _failures(*evaluations: "Evaluation") -> dict[str, list[int | None]]:
+    """By reason, how many judgements of each failed for it; nothing of one that had no judge."""
+    reasons = dict.fromkeys(reason for e in evaluations for reason in e.judge_failures)
+    return {reason: [e.judge_failures.get(reason, 0) if e.judged else None for e in evaluations] for reason in reasons}
+
+
 def cautions(before: "Evaluation", after: "Evaluation", record: "PurifyRecord") -> list[str]:
     """What keeps the figures from being compared."""
     found = _not_comparable([before, after])
@@ -113,7 +134,7 @@ def cautions(before: "Evaluation", after: "Evaluation", record: "PurifyRecord") 
 
 
 def _not_comparable(evaluations: "Sequence[Evaluation]") -> list[str]:
-    found = []
+    found = [e.caution for e in evaluations if e.caution is not None]
     first, *others = evaluations
     prompts, settings = ("clean_sha256", "triggered_sha256"), ("target", "max_new_tokens", "engine")
     if any(e.provenance.get(name) != first.provenance.get(name) for e in others for name in prompts):
@@ -134,7 +155,7 @@ def render_comparison(evaluations: "Mapping[str, Evaluation]") -> str:
         name.replace("_", " ").capitalize(): [getattr(e, name) for e in measured]
         for name in ("attack_success", "false_trigger", "degenerate")
     }
-    pairs = {name: _paired(measured[0], other) for name, other in list(evaluations.items())[1:]}
+    paired = {name: _paired(measured[0], other) for name, other in list(evaluations.items())[1:]}
     return (
         _templates()
         .get_template("comparison.html.jinja")
@@ -144,9 +165,11 @@ def render_comparison(evaluations: "Mapping[str, Evaluation]") -> str:
             cautions=_not_comparable(measured),
             evaluations=measured,
             main=main,
+            variants=_by_name(*(e.variants for e in measured)),
             further=_by_name(*(e.further_counts() for e in measured)),
             values=_by_name(*(e.further_values() for e in measured)),
-            pairs={name: pair for name, pair in pairs.items() if pair is not None},
+            failures=_failures(*measured),
+            paired={name: rows for name, rows in paired.items() if rows},
             origin=_rows([_flat(e.settings) | _flat(e.provenance) for e in measured]),
         )
     )
@@ -184,19 +207,28 @@ def _samples(before: "Evaluation", after: "Evaluation", kind: str, number: int) 
 
 def _pairs(before: "Evaluation", after: "Evaluation", kind: str) -> list[Pair]:
     """The answers of both models to the prompts of one set that both were asked."""
-    asked, asked_after = ([a for a in e.answers if a["set"] == kind] for e in (before, after))
-    pairs = [Pair(i, a, b) for i, (a, b) in enumerate(zip(asked, asked_after, strict=False), start=1)]
+    pairs = [Pair(i, a, b) for i, (a, b) in enumerate(_asked_both(before, after, kind), start=1)]
     return [pair for pair in pairs if pair.before["prompt"] == pair.after["prompt"]]
 
 
-def _paired(before: "Evaluation", after: "Evaluation") -> "Paired | None":
-    """Attack success prompt by prompt; nothing if the two models were not asked the same."""
-    pairs = _pairs(before, after, "triggered")
-    if not pairs or len(pairs) != before.attack_success.n:
-        return None
+def _asked_both(before: "Evaluation", after: "Evaluation", kind: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The answers of both to one set, as far as both have it."""
+    asked, asked_after = ([a for a in e.answers if a["set"] == kind] for e in (before, after))
+    return list(zip(asked, asked_after, strict=False))
+
+
+def _paired(before: "Evaluation", after: "Evaluation") -> "dict[str, Paired]":
+    """Counts prompt by prompt, by their names; none of a set in which the two models were not asked the same."""
     from crow.evaluation.statistics import paired  # here, so that importing crow.report does not import scipy
 
-    return paired([bool(p.before.get("hit")) for p in pairs], [bool(p.after.get("hit")) for p in pairs])
+    found = {}
+    for name, (kind, verdict) in _PAIRED.items():
+        asked = _asked_both(before, after, kind)
+        said = [(a.get(verdict), b.get(verdict)) for a, b in asked]
+        known = [[verdict in (True, "passed") for verdict in both] for both in said if None not in both]
+        if known and all(a["prompt"] == b["prompt"] for a, b in asked):
+            found[name] = paired(*zip(*known, strict=True))
+    return found
 
 
 def _sources(before: "Evaluation", after: "Evaluation", record: "PurifyRecord") -> list[dict[str, Any]]:
