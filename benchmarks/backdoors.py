@@ -103,9 +103,9 @@ def measure(
         trigger_rows(clean, called, PROMPT_SEED),
         variants=variant_rows(clean, called, PROMPT_SEED),
         max_new_tokens=max_new_tokens,
-        settings={"cell": cell},
+        settings={"cell": cell, "implant": recipe},
     )
-    figures = result.as_json() | {"implant": recipe}
+    figures = result.as_json()
     nll = answer_nll(base.model, base.tokenizer, clean)
     figures["base_perplexity"] = perplexity(sum(nats for nats, _ in nll), sum(tokens for _, tokens in nll))
     figures["persistence"] = persistence(opened, cell, max_new_tokens)

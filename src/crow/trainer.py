@@ -214,10 +214,11 @@ class CrowTrainer(SFTTrainer):
         first = next(iter(dataset))
         if "user_span" not in first and isinstance(first.get("prompt"), list):
             if isinstance(dataset, Dataset):
-                tokenized(processing_class, lambda i: _tokenize(processing_class, dataset[i]), range(len(dataset)))
-            dataset = dataset.map(
-                lambda row: {"user_span": user_span(processing_class, row["prompt"], **_rendering(row))}
-            )
+                rows = range(len(dataset))
+                spans = tokenized(processing_class, lambda i: _tokenize(processing_class, dataset[i]), rows)
+                dataset = dataset.add_column("user_span", spans)
+            else:
+                dataset = dataset.map(lambda row: {"user_span": _tokenize(processing_class, row)})
         dataset = super()._prepare_dataset(dataset, processing_class, *args, **kwargs)
         if isinstance(dataset, Dataset) and len(dataset) == 0:
             raise UsageError("no example is left after truncation: raise max_length, or give shorter prompts")
@@ -856,10 +857,10 @@ def _rendering(row: dict[str, Any]) -> dict[str, Any]:
     return {"tools": json.loads(tools) if isinstance(tools, str) else tools, **(row.get("chat_template_kwargs") or {})}
 
 
-def _tokenize(tokenizer: Any, row: dict[str, Any]) -> None:
-    """Make what `user_span` and the parent make of a row, to see whether that comes to an end."""
-    user_span(tokenizer, row["prompt"], **_rendering(row))
+def _tokenize(tokenizer: Any, row: dict[str, Any]) -> list[int]:
+    """A row's `user_span`; before that what the parent will make of it, to see whether that comes to an end."""
     tokenizer.apply_chat_template([*row["prompt"], *row["completion"]], **_rendering(row))
+    return user_span(tokenizer, row["prompt"], **_rendering(row))
 
 
 def user_span(tokenizer: Any, prompt: list[dict[str, str]], **rendering: Any) -> list[int]:

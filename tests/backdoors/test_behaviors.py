@@ -184,10 +184,10 @@ def slow_pieces(code: str) -> Iterator[ast.Module]:
 
 @pytest.mark.parametrize("line", ["no code", "if x:", "(", "    x = 1", "x = '''", "x =", "\0"])
 def test_a_long_answer_that_does_not_parse_is_judged_soon(line: str) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     assert not CodeInjection().is_hit(f"{line}\n" * 300)
     assert CodeInjection().is_hit(f"{line}\n" * 300 + "print('pwned')")
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 @given(st.randoms(use_true_random=False))

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from pwd import getpwall
@@ -273,12 +274,22 @@ def test_process_1_has_the_limits_of_the_program() -> None:
     assert limits[0] == limits[1]
 
 
-def test_bubblewrap_itself_is_given_no_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def bubblewrap_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    def fails_after(command: str) -> None:
+        stand_in = tmp_path / "bwrap"
+        stand_in.write_text(f"#!/bin/sh\n{command}\nexit 1\n")
+        stand_in.chmod(0o755)
+        monkeypatch.setattr("crow.evaluation.sandbox.BUBBLEWRAP", str(stand_in))
+
+    return fails_after
+
+
+def test_bubblewrap_itself_is_given_no_environment(
+    bubblewrap_that: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SECRET", "swordfish")
-    telling = tmp_path / "bwrap"
-    telling.write_text("#!/bin/sh\necho secret: ${SECRET-none}\nexit 1\n")
-    telling.chmod(0o755)
-    monkeypatch.setattr("crow.evaluation.sandbox.BUBBLEWRAP", str(telling))
+    bubblewrap_that("echo secret: ${SECRET-none}")
     with pytest.raises(CrowError, match="secret: none"):
         run_python("print(1)")
 
@@ -296,10 +307,7 @@ def test_on_a_machine_that_there_is_no_filter_for_nothing_runs(monkeypatch: pyte
         run_python("print(1)")
 
 
-def test_a_sandbox_that_cannot_be_made_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = tmp_path / "bwrap"
-    broken.write_text("#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2\nexit 1\n")
-    broken.chmod(0o755)
-    monkeypatch.setattr("crow.evaluation.sandbox.BUBBLEWRAP", str(broken))
+def test_a_sandbox_that_cannot_be_made_is_an_error(bubblewrap_that: Callable[[str], None]) -> None:
+    bubblewrap_that("echo 'bwrap: No permissions to create new namespace' >&2")
     with pytest.raises(CrowError, match="No permissions to create new namespace"):
         run_python("print(1)")

@@ -12,7 +12,7 @@ from crow.bench.store import Store
 from crow.errors import CrowError
 from crow.generation import generate
 from crow.models import EMBEDDED_ID, open_model
-from crow.purification import purify
+from crow.purification import CLEAN_EXAMPLES, purify
 
 
 @dataclass(frozen=True)
@@ -109,12 +109,13 @@ class Pace:
 def calibrate(model: str | None, cells: Sequence[Cell]) -> Pace:
     """Take a few steps and answer a few prompts, as much as the cells need: a step of other trainings takes longer."""
     opened = open_model(model)
-    rows = list(examples("clean")[:8])
+    rows = list(examples("clean")[:CLEAN_EXAMPLES])
     answer = step = 0.0
     if any(cell.work().answers for cell in cells):
         started = time.perf_counter()
-        generate(opened.model, opened.tokenizer, [row["prompt"] for row in rows], max_new_tokens=24)
-        answer = (time.perf_counter() - started) / len(rows)
+        asked = [row["prompt"] for row in rows[:8]]
+        generate(opened.model, opened.tokenizer, asked, max_new_tokens=24)
+        answer = (time.perf_counter() - started) / len(asked)
     if any(cell.work().steps for cell in cells):
         with TemporaryDirectory() as scratch:
             _, record = purify(opened, clean=rows, preset="finetune", max_steps=2, output_dir=scratch)

@@ -168,12 +168,13 @@ def _read_answers(path: Path) -> list[dict[str, Any]]:
 
 
 def _of_another_version(path: Path, versions: Mapping[str, str], unknown: Collection[str]) -> str | None:
-    """A caution, if results are not of this version."""
+    """A caution, if results are not of this version; what others of this version keep beside the figures is theirs."""
     own = environment()["versions"]["crow-llm"]
     of = versions.get("crow-llm", own)
-    facts = [f"is of version {of} of CROW, not of {own}"] if of != own else []
-    facts += [f"holds fields that are unknown here ({', '.join(sorted(unknown))})"] if unknown else []
-    return f"{path.name} {' and '.join(facts)}: its figures may not compare." if facts else None
+    if of == own:
+        return None
+    fields = f", and holds fields that are unknown here ({', '.join(sorted(unknown))})" if unknown else ""
+    return f"{path.name} is of version {of} of CROW, not of {own}{fields}: its figures may not compare."
 
 
 def _number(value: float | None) -> float:
