@@ -594,12 +594,12 @@ def bench(
     with _running(debug):
         from dataclasses import replace
 
-        from crow.bench.leaderboard import write_leaderboard
         from crow.bench.matrix import Matrix
         from crow.bench.plan import entries, estimate, missing
         from crow.bench.run import REFUSED, InProcess
         from crow.bench.run import run as run_cells
         from crow.bench.store import Store
+        from crow.report.leaderboard import write_leaderboard
 
         matrix = Matrix.load(config)
         if model:

@@ -64,7 +64,7 @@ def test_a_seed_that_is_missing_may_be_the_worst(outcome: str | None) -> None:
     assert (whole.rate, whole.mean("perplexity")) == (0.02, 14)
     said = "1 of 3 seeds not measured" + (f", failed: {outcome}" if outcome else "")
     assert f"| 0/200 (0.0 to 1.9%); seeds 0, 0; {said} |" in as_markdown(results(hits))
-    page = render_leaderboard(tables(results(hits)), results(hits), "title")
+    page = render_leaderboard(results(hits), "title")
     shown = '<span class="badge hit">failed</span>' if outcome else "incomplete"
     assert f'<td data-value="">{shown}<br><small>0/200, 0.0\N{EN DASH}1.9%; seeds: 0, 0; {said}' in page
     assert "crow: not measured, 2" in page
@@ -72,7 +72,7 @@ def test_a_seed_that_is_missing_may_be_the_worst(outcome: str | None) -> None:
 
 def test_a_line_that_is_whole_is_in_all_summaries() -> None:
     hits: Hits = {"badnets/sentiment": [2, 4, 6]}
-    page = render_leaderboard(tables(results(hits)), results(hits), "title")
+    page = render_leaderboard(results(hits), "title")
     assert '<td data-value="0.02">2.0%<br><small>4/200' in page
     assert '<td data-value="2.0">2.0%</td>' in page
     assert '<td data-value="3.0">3.0%</td>' in page
@@ -81,7 +81,7 @@ def test_a_line_that_is_whole_is_in_all_summaries() -> None:
 
 def test_hostile_names_are_shown_and_do_nothing() -> None:
     hits: Hits = {"badnets:word=\x1b[2J\u202e\ud800<script>/sentiment": [2, 4, 6]}
-    page = render_leaderboard(tables(results(hits)), results(hits), "title")
+    page = render_leaderboard(results(hits), "title")
     made = page + as_markdown(results(hits)) + as_csv(results(hits))
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", made)
     assert page.count("<script") == 1

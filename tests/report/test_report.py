@@ -18,7 +18,8 @@ from crow.evaluation.statistics import Count, MeanLength, MeanScore
 from crow.purification import PurifyRecord
 from crow.report import model_card, render_comparison, render_report, write_report
 from crow.report.figures import curves_figure, profile_figure, rates_figure
-from crow.report.html import verdict, visible
+from crow.report.html import verdict
+from crow.report.templates import visible
 
 HOSTILE = (
     "<script>alert(1)</script><img src=x onerror=alert(2)>\" onmouseover='alert(3)' {{ 7 * 7 }} </svg></style>"

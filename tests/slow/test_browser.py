@@ -14,7 +14,7 @@ import pytest
 from serving import running
 
 from crow.backdoors import BEHAVIORS, TRIGGERS
-from crow.bench.leaderboard import Result, tables
+from crow.bench.leaderboard import Result
 from crow.bench.matrix import Matrix
 from crow.bench.plan import entries
 from crow.data import Example
@@ -167,7 +167,7 @@ def test_nothing_but_our_own_script_runs_on_the_leaderboard(
     undefended, defended = entries(matrix)
     found = [Result(undefended, measured, None, attack, 1.0, 1), Result(defended, None, attack, None, None, None)]
     page = tmp_path / "page.html"
-    page.write_text(render_leaderboard(tables(found), found, title="safe"), "utf-8")
+    page.write_text(render_leaderboard(found, title="safe"), "utf-8")
     document = shown(page)
     assert document.count("<button>") > 10, "our own script makes the columns' heads buttons"
     harmless(document, scripts=1)

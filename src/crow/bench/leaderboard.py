@@ -18,9 +18,7 @@ from crow.bench.plan import Entry
 from crow.bench.store import CELL_FILE, Store
 from crow.evaluation.evaluate import Evaluation, answers_path
 from crow.evaluation.statistics import Count
-from crow.files import write_text
-from crow.report.html import visible
-from crow.report.leaderboard import render_leaderboard
+from crow.report.templates import visible
 
 
 @dataclass(frozen=True)
@@ -281,13 +279,3 @@ def _square(square: Square | None) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
-
-
-def write_leaderboard(planned: Sequence[Entry], store: Store, folder: Path, title: str) -> Path:
-    """Write `leaderboard.html`, `.md` and `.csv` to the folder; returns the page's path."""
-    found = results(planned, store, folder)
-    write_text(folder / "leaderboard.csv", as_csv(found))
-    write_text(folder / "leaderboard.md", as_markdown(found))
-    page = folder / "leaderboard.html"
-    write_text(page, render_leaderboard(tables(found), found, title))
-    return page

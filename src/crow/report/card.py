@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from crow.files import name_elsewhere
-from crow.report.html import cautions, verdict, visible
+from crow.report.html import cautions, verdict
+from crow.report.templates import visible
 
 if TYPE_CHECKING:
     from crow.evaluation.evaluate import Evaluation

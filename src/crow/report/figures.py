@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogFormatter, MaxNLocator, PercentFormatter
 
-from crow.report.html import visible
+from crow.report.templates import visible
 
 if TYPE_CHECKING:
     from crow.evaluation.evaluate import Evaluation

@@ -1,14 +1,11 @@
 """The report: one HTML file without scripts that loads nothing, safe to open whatever the model said."""
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-
 from crow.files import write_text
+from crow.report.templates import templates
 
 if TYPE_CHECKING:
     from crow.evaluation.evaluate import Evaluation
@@ -29,10 +26,6 @@ _PAIRED = {
     "HumanEval, solved": ("humaneval", "verdict"),
 }
 """Counts that are compared prompt by prompt: of which set of the answers, and of what is said of each."""
-
-# Control characters but tab and line ends, bidirectional embeddings, overrides and isolates, and lone surrogates, which
-# cannot be written as UTF-8
-_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]|\r(?!\n)")
 
 
 class Pair(NamedTuple):
@@ -75,7 +68,7 @@ def render_report(before: "Evaluation", after: "Evaluation", record: "PurifyReco
 
     profiles = [*before.layer_profile.values(), *after.layer_profile.values()]
     return (
-        _templates()
+        templates()
         .get_template("report.html.jinja")
         .render(
             title=title or f"Purification of {record.model}",
@@ -157,7 +150,7 @@ def render_comparison(evaluations: "Mapping[str, Evaluation]") -> str:
     }
     paired = {name: _paired(measured[0], other) for name, other in list(evaluations.items())[1:]}
     return (
-        _templates()
+        templates()
         .get_template("comparison.html.jinja")
         .render(
             title=", ".join(names),
@@ -173,29 +166,6 @@ def render_comparison(evaluations: "Mapping[str, Evaluation]") -> str:
             origin=_rows([_flat(e.settings) | _flat(e.provenance) for e in measured]),
         )
     )
-
-
-def visible(value: object) -> str:
-    """`value` as text, with U+FFFD for each character that would act on a terminal or reorder the text around it.
-
-    Markup, which is this project's own, is passed as it is.
-    """
-    return value if isinstance(value, Markup) else _UNPRINTABLE.sub("\ufffd", str(value))
-
-
-def _templates() -> Environment:
-    # finalize sees every value that a template prints, so no template can forget the filter
-    environment = Environment(
-        loader=PackageLoader("crow", "report"),
-        autoescape=True,
-        finalize=visible,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": _percent, "interval": _interval, "setting": _setting}
-    environment.tests["hash"] = lambda value: re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", str(value)) is not None
-    return environment
 
 
 def _samples(before: "Evaluation", after: "Evaluation", kind: str, number: int) -> list[Pair]:
@@ -256,19 +226,3 @@ def _rows(sources: Sequence[dict[str, Any]]) -> list[Row]:
         values = [source.get(key) for source in sources]
         rows.append(Row(key, values[:1] if all(value == values[0] for value in values) else values))
     return rows
-
-
-def _percent(count: "Count") -> str:
-    return f"{100 * count.rate:.1f}%" if count.n else "not measured"
-
-
-def _interval(count: "Count") -> str:
-    low, high = count.interval()
-    return f"{100 * low:.1f}\N{EN DASH}{100 * high:.1f}%"
-
-
-def _setting(value: Any) -> str:
-    """A setting as its reader would write it; `None` switches what it belongs to off."""
-    if value is None or isinstance(value, bool):
-        return "on" if value else "off"
-    return f"{value:g}" if isinstance(value, float) else str(value)

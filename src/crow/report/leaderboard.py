@@ -4,28 +4,38 @@ import base64
 import hashlib
 from collections.abc import Sequence
 from importlib.resources import files
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-from crow.report.html import _templates
+from crow.bench.leaderboard import Result, as_csv, as_markdown, results, tables
+from crow.bench.plan import Entry
+from crow.bench.store import Store
+from crow.files import write_text
+from crow.report.figures import heat_figure, tradeoff_figure
+from crow.report.templates import templates
 
-if TYPE_CHECKING:
-    from crow.bench.leaderboard import Result, Table
+
+def write_leaderboard(planned: Sequence[Entry], store: Store, folder: Path, title: str) -> Path:
+    """Write `leaderboard.html`, `.md` and `.csv` to the folder; returns the page's path."""
+    found = results(planned, store, folder)
+    write_text(folder / "leaderboard.csv", as_csv(found))
+    write_text(folder / "leaderboard.md", as_markdown(found))
+    page = folder / "leaderboard.html"
+    write_text(page, render_leaderboard(found, title))
+    return page
 
 
-def render_leaderboard(tables: "Sequence[Table]", results: "Sequence[Result]", title: str) -> str:
+def render_leaderboard(found: Sequence[Result], title: str) -> str:
     """The page, as far as the matrix is measured.
 
     Args:
-        tables: Those of the results.
-        results: Every measurement, for the list behind the tables.
+        found: Every measurement, run or not.
         title: Heading of the page.
     """
-    from crow.report.figures import heat_figure, tradeoff_figure
-
     script = files("crow.report").joinpath("sort.js").read_text("utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    shown = tables(found)
     figures = []
-    for place, table in enumerate(tables):
+    for place, table in enumerate(shown):
         rates = {
             line.candidate.label: [
                 line.squares[column].rate if column in line.squares else None for column in table.columns
@@ -44,13 +54,13 @@ def render_leaderboard(tables: "Sequence[Table]", results: "Sequence[Result]", t
             )
         )
     return (
-        _templates()
+        templates()
         .get_template("leaderboard.html.jinja")
         .render(
             title=title,
-            tables=list(zip(tables, figures, strict=True)),
-            results=results,
-            measured=sum(result.figures is not None for result in results),
+            tables=list(zip(shown, figures, strict=True)),
+            results=found,
+            measured=sum(result.figures is not None for result in found),
             script=script,
             script_hash=digest,
         )
