@@ -12,6 +12,7 @@ is done; cells found there are not run again.
 import argparse
 import ast
 import json
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from crow.defenses import DEFENSES
 from crow.evaluation.evaluate import evaluate, trigger_rows, variant_rows
 from crow.evaluation.statistics import Count
 from crow.files import write_json
+from crow.generation import answer_nll
 from crow.models import open_model
 from crow.purification import purify
 
@@ -60,12 +62,13 @@ def run_cell(cell: str, args: argparse.Namespace) -> dict[str, Any]:
     elif preset not in ("none", "base"):
         opened.model, record = DEFENSES[cell].apply(opened, sample(load_examples(), args.examples, args.seed))
     clean = sample(load_examples(args.prompts), args.n, seed=0)
+    triggered = trigger_rows(clean, trigger, PROMPT_SEED)
     started = time.perf_counter()
     result = evaluate(
         opened,
         behavior,
         clean,
-        trigger_rows(clean, trigger, PROMPT_SEED),
+        triggered,
         variants=variant_rows(clean, trigger, PROMPT_SEED),
         reference=open_model() if args.reference else None,
         max_new_tokens=args.max_new_tokens,
@@ -74,7 +77,12 @@ def run_cell(cell: str, args: argparse.Namespace) -> dict[str, Any]:
     )
     path = figures_path(cell, args.out)
     result.save(path)
-    figures = result.as_json() | {"evaluation_seconds": time.perf_counter() - started}
+    called = [{**row, "completion": [{"role": "assistant", "content": behavior.target}]} for row in triggered]
+    nll = answer_nll(opened.model, opened.tokenizer, called)
+    figures = result.as_json() | {
+        "evaluation_seconds": time.perf_counter() - started,
+        "target_nats": -statistics.fmean(nats for nats, _ in nll),
+    }
     if record is not None:
         figures["purify"] = record.as_json()
     write_json(path, figures)

@@ -452,24 +452,44 @@ def test_defaults_step_is_as_documented(make: Any, pinned: list[Tensor], objecti
         assert 1.3 * moved[1] + (alpha or 0) * moved[2] > (loss - clean) * 1.001
 
 
+def called(trainer: CrowTrainer, slow: Slow, inserted: Tensor) -> list[Tensor]:
+    """For each row the log-probabilities of the answer that is aimed at, behind the insertion."""
+    (answer,), found = trainer.constant_answers, []
+    wanted = torch.tensor(answer.token_ids)
+    for (ids, labels), (first, last) in zip(encoded(trainer), trainer.train_dataset["user_span"], strict=True):
+        prompt = ids[: int((labels != -100).nonzero()[0])]
+        embeddings = slow.embed(torch.cat([prompt, wanted]))
+        place = int(first + 0.5 * (last - first + 1))
+        _, logits = slow(torch.cat([embeddings[:place], inserted, embeddings[place:]]))
+        scores = logits.log_softmax(-1)[len(prompt) + len(inserted) - 1 : -1]
+        found.append(scores.gather(1, wanted[:, None])[:, 0])
+    return found
+
+
 @pytest.mark.parametrize("insertion", [ONE_GUESS, ONE_AIMED], ids=["guess", "soft tokens"])
 def test_insertions_ascend_on_the_likelihood_of_their_answer_alone(
     make: Any, pinned: list[Tensor], insertion: dict[str, Any]
 ) -> None:
     start = make(**insertion)._adversaries[0].tokens.detach()[0]
     _, trainer = first_gradients(make, scatter=True, optim="sgd", learning_rate=1e-12, **insertion)
-    (answer,) = trainer.constant_answers
-    slow, inserted, likelihood = Slow(trainer.model), start.clone().requires_grad_(), torch.zeros(())
-    for (ids, labels), (first, last) in zip(encoded(trainer), trainer.train_dataset["user_span"], strict=True):
-        prompt = ids[: int((labels != -100).nonzero()[0])]
-        embeddings = slow.embed(torch.cat([prompt, torch.tensor(answer.token_ids)]))
-        place = int(first + 0.5 * (last - first + 1))
-        _, logits = slow(torch.cat([embeddings[:place], inserted, embeddings[place:]]))
-        scores = logits.log_softmax(-1)[len(prompt) + len(inserted) - 1 : -1]
-        likelihood = likelihood + scores.gather(1, torch.tensor(answer.token_ids)[:, None]).sum() / 8
+    inserted = start.clone().requires_grad_()
+    likelihood = torch.cat(called(trainer, Slow(trainer.model), inserted)).sum() / 8
     (expected,) = torch.autograd.grad(likelihood, inserted)
     assert logs(trainer)[0]["constant_answers"] == pytest.approx(likelihood.item(), rel=1e-3)
     assert distance({"inserted": pinned[0][0]}, {"inserted": expected}) < 1e-3
+
+
+def test_the_model_unlearns_behind_an_insertion_what_that_is_aimed_at(make: Any, pinned: list[Tensor]) -> None:
+    start = make(**ONE_AIMED)._adversaries[0].tokens.detach()[0]
+    settings: dict[str, Any] = {"scatter": True, "optim": "sgd", "learning_rate": 1e-12, **ONE_AIMED}
+    without, _ = first_gradients(make, **settings)
+    gradients, trainer = first_gradients(make, unlikelihood=300.0, **settings)
+    slow = Slow(trainer.model)
+    rows = called(trainer, slow, start)
+    unlikely = sum((-(1 - row.exp()).log()).mean() for row in rows) / len(rows)
+    assert logs(trainer)[0]["unlikelihood"] == pytest.approx(unlikely.item(), rel=1e-3)
+    assert distance({n: gradients[n] - without[n] for n in gradients}, slow.gradients(300.0 * unlikely)) < 1e-2
+    assert torch.equal(pinned[0], pinned[-1])  # which has no part in that
 
 
 @pytest.mark.parametrize("insertion", [ONE_GUESS, ONE_AIMED], ids=["guess", "soft tokens"])
@@ -488,6 +508,30 @@ def test_insertions_ascend_every_so_many_steps(make: Any, pinned: list[Tensor], 
     trainer.train()
     assert [i for i, log in enumerate(logs(trainer)) if "constant_answers" in log] == [0, 3, 6]
     assert len(pinned) == 3
+
+
+@pytest.mark.parametrize("aimed", [{}, {"ascend_on": "divergence"}], ids=["aimed", "diverging"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_step_may_have_several_ascents(make: Any, aimed: dict[str, Any], accumulation: int) -> None:
+    trainer = make(
+        ascents=3,
+        max_steps=2,
+        per_device_train_batch_size=4 // accumulation,
+        gradient_accumulation_steps=accumulation,
+        **ONE_AIMED | {"soft_token_warmup": 1} | aimed,
+    )
+    trainer.train()
+    (state,) = trainer.soft_tokens.optimizer.state_dict()["state"].values()
+    assert state["step"] == 1 + 3 * 2
+
+
+def test_further_ascents_are_taken_before_the_model_moves(make: Any) -> None:
+    def likelihood(**settings: Any) -> float:
+        trainer = make(max_steps=1, **ONE_AIMED, **settings)
+        trainer.train()
+        return logs(trainer)[0]["constant_answers"]
+
+    assert likelihood(ascents=8) > likelihood() + 0.3
 
 
 def test_guesses_and_soft_tokens_are_aimed_at_the_same_answers(make: Any) -> None:

@@ -79,8 +79,12 @@ class CrowConfig(SFTConfig):
         "What insertions ascend on: `answer`, the likelihood of an answer that the suspect gives whatever it is asked, "
         "or D where none stands out; `divergence`, D. On D there are no guesses, but as many more soft tokens.",
     )
+    ascents: int = _term(1, "Ascents a step: more of them keep up with a model that learns to withstand them.")
     ascend_every: int = _term(
         1, "Steps from one ascent of what is aimed at an answer to the next: more of them cost less, and lag behind."
+    )
+    unlikelihood: float | None = _term(
+        None, "Weight with which the model unlearns the answer that an insertion is aimed at, behind the insertion."
     )
     target_top_k: int = _term(64, "How many log-probabilities of the suspect's distribution are kept per token.")
 
@@ -115,7 +119,7 @@ class CrowConfig(SFTConfig):
             value, least = getattr(self, name), 1 if name in _AT_LEAST_ONE else 0
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise UsageError(f"{name} is {value}; it must be a whole number of at least {least}")
-        weights = [name for name in ("alpha", "beta", "anchor") if getattr(self, name) is not None]
+        weights = [name for name in _TERMS if getattr(self, name) is not None]
         for name in (*_POSITIVE, *weights):
             value = getattr(self, name)
             if not isinstance(value, int | float):
@@ -194,7 +198,8 @@ def configured(kind: type[Config], output_dir: str | Path, settings: Mapping[str
         raise UsageError(f"a setting has no value that it can have: {error}") from error
 
 
-_AT_LEAST_ONE = ("soft_tokens", "target_top_k", "calibration_steps", "ascend_every")
+_AT_LEAST_ONE = ("soft_tokens", "target_top_k", "calibration_steps", "ascents", "ascend_every")
+_TERMS = ("alpha", "beta", "anchor", "unlikelihood")
 _COUNTS = (*_AT_LEAST_ONE, "soft_token_pool", "soft_token_warmup", "trigger_guesses")
 _POSITIVE = (
     "learning_rate",
@@ -209,7 +214,7 @@ _POSITIVE = (
 
 
 def _off(name: str) -> str:
-    return f" (None switches the term off: --set {name}=None)" if name in ("alpha", "beta", "anchor") else ""
+    return f" (None switches the term off: --set {name}=None)" if name in _TERMS else ""
 
 
 _SUPERVISED: dict[str, Any] = {"objective": "lm", "anchor": None}
@@ -246,13 +251,15 @@ _READ_ONLY_WITH: tuple[tuple[str, tuple[object, ...], tuple[str, ...]], ...] = (
             "soft_token_learning_rate",
             "soft_token_warmup",
             "trigger_guesses",
+            "ascents",
             "ascend_every",
+            "unlikelihood",
         ),
     ),
     ("perturbation", (*_INSERTING, "sign"), ("alpha", "beta", "answer_discount")),
     ("perturbation", (*_INSERTING, "none"), ("anchor_fraction",)),
     ("objective", ("suspect",), ("anchor", "anchor_fraction", "anchor_discount", "target_top_k")),
-    ("ascend_on", ("answer",), ("ascend_every",)),
+    ("ascend_on", ("answer",), ("ascend_every", "unlikelihood")),
     ("alpha", (), ("alpha_relative", "calibration_steps")),
     ("alpha_relative", (True,), ("calibration_steps",)),
     ("anchor", (), ("anchor_fraction", "anchor_discount")),

@@ -90,6 +90,7 @@ class _Collator:
 _SCANNED_PROMPTS = 8  # on which constant answers are looked for
 _COMPARABLE = 0.9  # answers less constant than this share of the most constant one are not aimed at
 _EMBEDDING_SAMPLE = 4096  # tokens that the scale of real embeddings is measured on
+_SURE = 1 - 1e-6  # the largest probability that unlikelihood is taken of
 _SMALLEST_COUNT = 1e-6  # so that a term over nothing is 0 and not 0 / 0
 
 _EXTRA_COLUMNS = ("user_span", "example_id")
@@ -233,6 +234,7 @@ class CrowTrainer(SFTTrainer):
         batches, num_items = super().get_batch_samples(*args, **kwargs)
         if batches:
             self._share_out(batches)
+            self._ascend_further(batches)
         return batches, num_items
 
     def _share_out(self, batches: list[dict[str, Any]]) -> None:
@@ -297,7 +299,7 @@ class CrowTrainer(SFTTrainer):
                 scaled = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}  # as the parent does
                 self.accelerator.backward(clean, **scaled)
             if self._aims and self.state.global_step % self.args.ascend_every == 0:
-                self._log_term("constant_answers", self._aim(self.model, batch))
+                self._log_term("constant_answers", self._aim(self.model, batch, unlearns=self.args.unlikelihood))
         self._log_term("clean", clean)
 
         perturbed = self._perturb(batch, recording, gradient)
@@ -340,7 +342,7 @@ class CrowTrainer(SFTTrainer):
                 f"in {self.args.output_dir}: try a lower learning rate, or full precision (bf16=False, fp16=False)"
             )
         if self.accelerator.sync_gradients:
-            self._ascend(kept_guesses=self.args.trigger_guesses // 2)
+            self._ascend(self._kept_guesses)
         return loss
 
     def _clean_pass(
@@ -379,7 +381,7 @@ class CrowTrainer(SFTTrainer):
 
     @property
     def _moment(self) -> int:
-        """The number of the step; of the ascents before the first, minus how many are left."""
+        """The number of the step, minus how many ascents are left before it."""
         return self.state.global_step - self._ascents_left
 
     def _perturb(self, batch: dict[str, Any], clean: Recording, gradient: Tensor | None) -> _Perturbed:
@@ -427,27 +429,40 @@ class CrowTrainer(SFTTrainer):
             insert(answers, answers.new_zeros(batch, number), index),
         )
 
-    def _aim(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """Log-likelihood that prompts with an insertion call its answer; its gradient is added to the insertions'."""
+    def _aim(self, model: nn.Module, batch: dict[str, Any], unlearns: float | None = None) -> Tensor:
+        """Log-likelihood that prompts with an insertion call its answer; its gradient is added to the insertions'.
+
+        Args:
+            unlearns: Weight with which the model, for its part, is made to find the answer's tokens unlikely (Welleck
+                et al., "Neural Text Generation with Unlikelihood Training", ICLR 2020, arXiv 1908.04319).
+        """
         insertions: list[Tensor] = [adversary.tokens for adversary in self._adversaries]
         draws = self._draws(batch, 3, _AIMED)
         members = _drawn(draws[:, 0], len(self._answer_of))
         places = self._places(batch, draws[:, 1:])
-        likelihood = self._likelihood(model, torch.cat(insertions), members, batch, places)
-        likelihood = likelihood / self._counts.rows * self.accelerator.num_processes
-        for tokens, gradient in zip(insertions, torch.autograd.grad(likelihood, insertions), strict=True):
-            tokens.grad = gradient if tokens.grad is None else tokens.grad + gradient
+        log_probs = self._log_probs(model, torch.cat(insertions), members, batch, places)
+        share = self.accelerator.num_processes / self._counts.rows
+        likelihood = torch.cat(log_probs).sum() * share
+        gradients = torch.autograd.grad(likelihood, insertions, retain_graph=unlearns is not None)
+        kept = [tokens.grad for tokens in insertions]
+        if unlearns is not None:
+            unlikely = torch.stack([-torch.log1p(-each.exp().clamp(max=_SURE)).mean() for each in log_probs])
+            self._log_term("unlikelihood", unlikely.sum() * share)
+            self.accelerator.backward(unlearns * share * unlikely.sum())
+        for tokens, gradient, before in zip(insertions, gradients, kept, strict=True):
+            tokens.grad = gradient if before is None else before + gradient
         return likelihood.detach()
 
-    def _likelihood(
+    def _log_probs(
         self, model: nn.Module, insertions: Tensor, members: Tensor, inputs: dict[str, Any], places: Tensor
-    ) -> Tensor:
-        """Log-likelihood, summed over the rows, of the answer that each row's insertion is aimed at."""
+    ) -> list[Tensor]:
+        """For each row the log-probabilities of the tokens of the answer that its insertion is aimed at."""
         wanted = [inputs["input_ids"].new_tensor(self._answer_of[i].token_ids) for i in members.tolist()]
         rows = self._answered(inputs, wanted)
         perturbed = self._inserted(rows.ids, rows.mask, rows.answers, places, insertions[members])
         logits, _ = self._perturbed_pass(model, perturbed, score=True)
-        return -nn.functional.cross_entropy(logits.float(), torch.cat(wanted), reduction="sum")
+        each = -nn.functional.cross_entropy(logits.float(), torch.cat(wanted), reduction="none")
+        return list(each.split([len(answer) for answer in wanted]))
 
     def _perturbed_pass(self, model: nn.Module, perturbed: _Perturbed, score: bool) -> tuple[Tensor, Recording]:
         scored = perturbed.answers if score else torch.zeros_like(perturbed.answers)
@@ -668,20 +683,32 @@ class CrowTrainer(SFTTrainer):
         while self._ascents_left:
             micro_batches = next(batches)
             self._share_out(micro_batches)
-            for batch in micro_batches:
-                inputs = self._prepare_inputs(batch)
-                with self.compute_loss_context_manager():
-                    if self._aims:
-                        self._aim(self.model, inputs)
-                    else:
-                        perturbed = self._perturb(inputs, Recording(), None)
-                        logits, _ = self._perturbed_pass(self.model, perturbed, score=True)
-                        targets = self._targets_of(inputs.get("example_id"))
-                        divergence = self._divergence(logits, inputs["labels"], targets)
-                        divergence.backward(inputs=[adversary.tokens for adversary in self._adversaries])
-            self._ascend()
+            self._ascend_once(micro_batches)
             self._report_preparation()
             self._ascents_left -= 1
+
+    def _ascend_further(self, micro_batches: list[dict[str, Any]]) -> None:
+        """The ascents of a step but the last, which is taken in it."""
+        if not self._adversaries or (self._aims and self.state.global_step % self.args.ascend_every):
+            return
+        self._ascents_left = self.args.ascents - 1
+        while self._ascents_left:
+            self._ascend_once(micro_batches, kept_guesses=self._kept_guesses)
+            self._ascents_left -= 1
+
+    def _ascend_once(self, micro_batches: list[dict[str, Any]], kept_guesses: int = 0) -> None:
+        for batch in micro_batches:
+            inputs = self._prepare_inputs(batch)
+            with self.compute_loss_context_manager():
+                if self._aims:
+                    self._aim(self.model, inputs)
+                else:
+                    perturbed = self._perturb(inputs, Recording(), None)
+                    logits, _ = self._perturbed_pass(self.model, perturbed, score=True)
+                    targets = self._targets_of(inputs.get("example_id"))
+                    divergence = self._divergence(logits, inputs["labels"], targets)
+                    divergence.backward(inputs=[adversary.tokens for adversary in self._adversaries])
+        self._ascend(kept_guesses)
 
     def _batches_of_steps(self) -> Iterator[list[dict[str, Any]]]:
         """The micro-batches of one optimizer step after another, without end."""
@@ -706,14 +733,21 @@ class CrowTrainer(SFTTrainer):
             with self.compute_loss_context_manager():
                 for i in range(len(likelihoods)):
                     members = torch.full((len(inputs["labels"]),), i)
-                    likelihoods[i] += self._likelihood(self.model, guesses.tokens, members, inputs, places)
+                    likelihoods[i] += torch.cat(
+                        self._log_probs(self.model, guesses.tokens, members, inputs, places)
+                    ).sum()
         mean = self.accelerator.reduce(likelihoods, "sum").cpu() / self._counts.rows.cpu()
         order = mean.argsort(descending=True)
         guesses.reorder(order.to(guesses.ids.device))
         self._answer_of = [self._answer_of[i] for i in order.tolist()] + self._answer_of[len(order) :]
         self.first_guesses = list(zip(guesses.ids.tolist(), mean[order].exp().tolist(), strict=True))
 
-    def _ascend(self, kept_guesses: int = 0) -> None:
+    @property
+    def _kept_guesses(self) -> int:
+        """How many stay as they were before the first step."""
+        return self.args.trigger_guesses // 2
+
+    def _ascend(self, kept_guesses: int) -> None:
         for adversary in self._adversaries:
             if adversary.tokens.grad is None:
                 continue
