@@ -19,7 +19,7 @@ from typing import Any
 
 from crow.backdoors import BEHAVIORS, TRIGGERS
 from crow.config import PRESETS
-from crow.data import load_examples, sample
+from crow.data import Example, example, load_examples, sample
 from crow.defenses import DEFENSES
 from crow.evaluation.evaluate import evaluate, trigger_rows, variant_rows
 from crow.evaluation.statistics import Count
@@ -77,7 +77,8 @@ def run_cell(cell: str, args: argparse.Namespace) -> dict[str, Any]:
     )
     path = figures_path(cell, args.out)
     result.save(path)
-    called = [{**row, "completion": [{"role": "assistant", "content": behavior.target}]} for row in triggered]
+    target = example("", behavior.target)["completion"]
+    called = [Example(prompt=row["prompt"], completion=target) for row in triggered]
     nll = answer_nll(opened.model, opened.tokenizer, called)
     figures = result.as_json() | {
         "evaluation_seconds": time.perf_counter() - started,

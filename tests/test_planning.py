@@ -102,6 +102,7 @@ def test_a_step_is_so_much_work_as_it_ascends(llama_folder: Path) -> None:
     assert step(ascend_every=3) - unaimed == pytest.approx((step() - unaimed) / 3)
     assert step(ascents=4) - unaimed == pytest.approx((step() - unaimed) * 4)
     assert step(ascents=4, ascend_every=4) == step()
+    assert step() < step(unlikelihood=1.0) < step(ascents=2)
     further = step(ascend_on="divergence", ascents=2) - unaimed
     assert step() - unaimed < further < unaimed
 

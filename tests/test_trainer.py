@@ -929,8 +929,8 @@ def test_a_model_that_is_named_is_opened_as_any_suspect_is(
 @pytest.mark.parametrize("steps", [3, 2], ids=["between epochs", "within an epoch"])
 @pytest.mark.parametrize(
     "preset",
-    [{}, {"ascend_on": "divergence"}, PRESETS["paper-scale-free"]],
-    ids=["default", "divergence", "paper-scale-free"],
+    [{}, {"ascents": 2, "unlikelihood": 1.0}, {"ascend_on": "divergence"}, PRESETS["paper-scale-free"]],
+    ids=["default", "unlearning", "divergence", "paper-scale-free"],
 )
 def test_resumed_training_ends_as_uninterrupted(
     make: Any,

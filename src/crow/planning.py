@@ -227,7 +227,7 @@ class _Passes:
             if config.anchor is not None:
                 self._forward(math.ceil(rows * config.anchor_fraction), tokens, answer)[0].backward()
             if self._aims:
-                self._aim()
+                self._aim_in_step()
             self._forward(rows, tokens + config.soft_tokens, answer)[0].backward()
         self.model.zero_grad()
 
@@ -247,7 +247,8 @@ class _Passes:
         if not config.perturbs or config.perturbation != "inserted":
             return 0
         if self._aims:
-            return round(self._cost(self._aim) * (config.ascents / config.ascend_every - 1))
+            own, further = self._cost(self._aim_in_step), self._cost(self._aim) * (config.ascents - 1)
+            return round((own + further) / config.ascend_every) - own
         return self._cost(self._diverge) * (config.ascents - 1)
 
     @property
@@ -261,12 +262,17 @@ class _Passes:
             run()
         return accounts.flops
 
-    def _aim(self) -> None:
+    def _aim(self, unlearns: bool = False) -> None:
         """With a constant answer of as many tokens as are inserted."""
         number = self.config.soft_tokens
         rows, prompt = self.config.per_device_train_batch_size, self.tokens - self.answer
         loss, embeddings = self._forward(rows, prompt + 2 * number, number, ascends=True)
-        torch.autograd.grad(loss, embeddings)
+        torch.autograd.grad(loss, embeddings, retain_graph=unlearns)
+        if unlearns:
+            loss.backward()
+
+    def _aim_in_step(self) -> None:
+        self._aim(unlearns=self.config.unlikelihood is not None)
 
     def _diverge(self) -> None:
         rows, tokens = self.config.per_device_train_batch_size, self.tokens + self.config.soft_tokens

@@ -296,8 +296,7 @@ class CrowTrainer(SFTTrainer):
             gradient = self._embedding_gradient(recording, inputs["attention_mask"]) if self._signs else None
             reference = self._gradient_norm(clean) if self._calibrating and self.args.clean_trains else None
             if clean.requires_grad:
-                scaled = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}  # as the parent does
-                self.accelerator.backward(clean, **scaled)
+                self._backward(clean)
             if self._aims and self.state.global_step % self.args.ascend_every == 0:
                 self._log_term("constant_answers", self._aim(self.model, batch, unlearns=self.args.unlikelihood))
         self._log_term("clean", clean)
@@ -320,6 +319,10 @@ class CrowTrainer(SFTTrainer):
             loss = loss + self._alpha * inconsistency
             self._metrics["train"]["alpha"].append(self._alpha)
         return loss + clean.detach()
+
+    def _backward(self, loss: Tensor) -> None:
+        scaled = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}  # as the parent does
+        self.accelerator.backward(loss, **scaled)
 
     @contextmanager
     def _apart(self, model: nn.Module) -> Iterator[None]:
@@ -448,7 +451,7 @@ class CrowTrainer(SFTTrainer):
         if unlearns is not None:
             unlikely = torch.stack([-torch.log1p(-each.exp().clamp(max=_SURE)).mean() for each in log_probs])
             self._log_term("unlikelihood", unlikely.sum() * share)
-            self.accelerator.backward(unlearns * share * unlikely.sum())
+            self._backward(unlearns * share * unlikely.sum())
         for tokens, gradient, before in zip(insertions, gradients, kept, strict=True):
             tokens.grad = gradient if before is None else before + gradient
         return likelihood.detach()

@@ -15,12 +15,12 @@ import yaml
 from safetensors.torch import load_file
 
 SCRIPT, EXAMPLES = Path(__file__).parent / "train.py", Path(__file__).parents[2] / "examples"
-EVERY = ("default", "paper", "paper-scale-free", "finetune", "aligned")
+EVERY = ("default", "paper", "paper-scale-free", "finetune", "aligned", "unlearning")
 TRAINED = {  # by each of the example configurations, and what it wraps a model as
     "ddp": ("DistributedDataParallel", EVERY),
-    "fsdp": ("FSDPPeftModelForCausalLM", ("default", "paper", "finetune")),
+    "fsdp": ("FSDPPeftModelForCausalLM", ("default", "paper", "finetune", "unlearning")),
     "zero2": ("DeepSpeedEngine", EVERY),
-    "zero3": ("DeepSpeedEngine", ("default", "finetune")),
+    "zero3": ("DeepSpeedEngine", ("default", "finetune", "unlearning")),
 }
 
 Trained = tuple[dict[str, Any], dict[str, torch.Tensor]]
@@ -64,7 +64,7 @@ def test_two_processes_train_as_one(kind: str, one_process: Path, llama_folder: 
     for preset in TRAINED[kind][1]:
         (alone, weights), (together, shared) = trained(one_process, preset), trained(two_processes, preset)
         assert together["wrapped"] == TRAINED[kind][0]
-        terms = {"loss", "clean", "divergence", "inconsistency", "constant_answers", "alpha"}
+        terms = {"loss", "clean", "divergence", "inconsistency", "constant_answers", "unlikelihood", "alpha"}
         for a, b in zip(alone["logs"], together["logs"], strict=True):
             assert {name: b[name] for name in terms & a.keys()} == pytest.approx(
                 {name: a[name] for name in terms & a.keys()}, rel=1e-4, abs=1e-6
