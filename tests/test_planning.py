@@ -93,18 +93,14 @@ def test_what_precedes_the_steps_is_counted(llama_folder: Path) -> None:
     assert told.seconds == pytest.approx(told.preparation_seconds + told.steps * told.step_seconds)
 
 
-def test_a_step_is_so_much_work_as_it_ascends(llama_folder: Path) -> None:
+def test_a_step_that_ascends_less_often_is_less_work(llama_folder: Path) -> None:
     def step(**settings: Any) -> int:
         return planned(llama_folder, preset="default", **settings).step_flops
 
     unaimed = step(ascend_on="divergence")
     assert unaimed < step(ascend_every=3) < step()
     assert step(ascend_every=3) - unaimed == pytest.approx((step() - unaimed) / 3)
-    assert step(ascents=4) - unaimed == pytest.approx((step() - unaimed) * 4)
-    assert step(ascents=4, ascend_every=4) == step()
-    assert step() < step(unlikelihood=1.0) < step(ascents=2)
-    further = step(ascend_on="divergence", ascents=2) - unaimed
-    assert step() - unaimed < further < unaimed
+    assert step(unlikelihood=None) < step()
 
 
 def test_every_architecture(architecture: str, tmp_path: Path) -> None:

@@ -278,10 +278,11 @@ def test_paper_costs_five_passes_and_one_projection(metered: Any) -> None:
     assert meter.head == [0]
 
 
-def test_default_costs_less_than_four_passes_and_projects_answers_only(metered: Any) -> None:
+def test_default_costs_less_than_five_passes_and_projects_answers_only(metered: Any) -> None:
     meter, trainer = metered()
-    # A quarter of the rows is seen clean too, and all with a few tokens of a constant answer instead of their own
-    assert (meter.forward, meter.backward) == ([2, 8, 8], [2, 8, 8])
+    # A quarter of the rows is seen clean too, and all with a few tokens of a constant answer instead of their own;
+    # insertions learn to call it, and the model unlearns it
+    assert (meter.forward, meter.backward) == ([2, 8, 8], [2, 8, 8, 8])
     answers = sum(int((labels[1:] != -100).sum()) for _, labels in encoded(trainer))
     assert meter.fused == []
     assert meter.head[2] == answers
@@ -482,7 +483,7 @@ def test_insertions_ascend_on_the_likelihood_of_their_answer_alone(
 def test_the_model_unlearns_behind_an_insertion_what_that_is_aimed_at(make: Any, pinned: list[Tensor]) -> None:
     start = make(**ONE_AIMED)._adversaries[0].tokens.detach()[0]
     settings: dict[str, Any] = {"scatter": True, "optim": "sgd", "learning_rate": 1e-12, **ONE_AIMED}
-    without, _ = first_gradients(make, **settings)
+    without, _ = first_gradients(make, unlikelihood=None, **settings)
     gradients, trainer = first_gradients(make, unlikelihood=300.0, **settings)
     slow = Slow(trainer.model)
     rows = called(trainer, slow, start)
@@ -508,30 +509,6 @@ def test_insertions_ascend_every_so_many_steps(make: Any, pinned: list[Tensor], 
     trainer.train()
     assert [i for i, log in enumerate(logs(trainer)) if "constant_answers" in log] == [0, 3, 6]
     assert len(pinned) == 3
-
-
-@pytest.mark.parametrize("aimed", [{}, {"ascend_on": "divergence"}], ids=["aimed", "diverging"])
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_step_may_have_several_ascents(make: Any, aimed: dict[str, Any], accumulation: int) -> None:
-    trainer = make(
-        ascents=3,
-        max_steps=2,
-        per_device_train_batch_size=4 // accumulation,
-        gradient_accumulation_steps=accumulation,
-        **ONE_AIMED | {"soft_token_warmup": 1} | aimed,
-    )
-    trainer.train()
-    (state,) = trainer.soft_tokens.optimizer.state_dict()["state"].values()
-    assert state["step"] == 1 + 3 * 2
-
-
-def test_further_ascents_are_taken_before_the_model_moves(make: Any) -> None:
-    def likelihood(**settings: Any) -> float:
-        trainer = make(max_steps=1, **ONE_AIMED, **settings)
-        trainer.train()
-        return logs(trainer)[0]["constant_answers"]
-
-    assert likelihood(ascents=8) > likelihood() + 0.3
 
 
 def test_guesses_and_soft_tokens_are_aimed_at_the_same_answers(make: Any) -> None:
@@ -929,7 +906,7 @@ def test_a_model_that_is_named_is_opened_as_any_suspect_is(
 @pytest.mark.parametrize("steps", [3, 2], ids=["between epochs", "within an epoch"])
 @pytest.mark.parametrize(
     "preset",
-    [{}, {"ascents": 2, "unlikelihood": 1.0}, {"ascend_on": "divergence"}, PRESETS["paper-scale-free"]],
+    [{}, {"ascend_on": "divergence"}, PRESETS["paper-scale-free"]],
     ids=["default", "unlearning", "divergence", "paper-scale-free"],
 )
 def test_resumed_training_ends_as_uninterrupted(

@@ -79,12 +79,11 @@ class CrowConfig(SFTConfig):
         "What insertions ascend on: `answer`, the likelihood of an answer that the suspect gives whatever it is asked, "
         "or D where none stands out; `divergence`, D. On D there are no guesses, but as many more soft tokens.",
     )
-    ascents: int = _term(1, "Ascents a step: more of them keep up with a model that learns to withstand them.")
     ascend_every: int = _term(
         1, "Steps from one ascent of what is aimed at an answer to the next: more of them cost less, and lag behind."
     )
     unlikelihood: float | None = _term(
-        None, "Weight with which the model unlearns the answer that an insertion is aimed at, behind the insertion."
+        0.1, "Weight with which the model unlearns the answer that an insertion is aimed at, behind the insertion."
     )
     target_top_k: int = _term(64, "How many log-probabilities of the suspect's distribution are kept per token.")
 
@@ -198,7 +197,7 @@ def configured(kind: type[Config], output_dir: str | Path, settings: Mapping[str
         raise UsageError(f"a setting has no value that it can have: {error}") from error
 
 
-_AT_LEAST_ONE = ("soft_tokens", "target_top_k", "calibration_steps", "ascents", "ascend_every")
+_AT_LEAST_ONE = ("soft_tokens", "target_top_k", "calibration_steps", "ascend_every")
 _TERMS = ("alpha", "beta", "anchor", "unlikelihood")
 _COUNTS = (*_AT_LEAST_ONE, "soft_token_pool", "soft_token_warmup", "trigger_guesses")
 _POSITIVE = (
@@ -251,7 +250,6 @@ _READ_ONLY_WITH: tuple[tuple[str, tuple[object, ...], tuple[str, ...]], ...] = (
             "soft_token_learning_rate",
             "soft_token_warmup",
             "trigger_guesses",
-            "ascents",
             "ascend_every",
             "unlikelihood",
         ),

@@ -137,14 +137,14 @@ def plan(
         passes = _Passes(model, config, tokens, answer)
         with _Accounts() as accounts, passes.noting(accounts):
             passes.step()
-        before, further = passes.preparation(examples), passes.further_ascents()
+        before, spared = passes.preparation(examples), passes.spared()
     targets = examples * answer * config.target_top_k * 12 if config.objective == "suspect" else 0
     training_bytes = sum(p.nbytes for p in trained) * (2 + _ADAM_MOMENTS)
     width = model_config.get_text_config().hidden_size
     tflops = _speed(config.per_device_train_batch_size * tokens, width, dtype) if tflops is None else tflops
     steps = math.ceil(examples / config.per_device_train_batch_size / config.gradient_accumulation_steps)
     steps = math.ceil(steps * config.num_train_epochs) if config.max_steps < 0 else config.max_steps
-    flops = (accounts.flops + further) * config.gradient_accumulation_steps
+    flops = (accounts.flops - spared) * config.gradient_accumulation_steps
     return Plan(
         parameters=parameters,
         trained_parameters=sum(p.numel() for p in trained),
@@ -241,15 +241,9 @@ class _Passes:
             flops += config.soft_token_warmup * ascent * config.gradient_accumulation_steps
         return flops
 
-    def further_ascents(self) -> int:
-        """Operations of ascents that are not in `step`; less than none where not each step has its own."""
-        config = self.config
-        if not config.perturbs or config.perturbation != "inserted":
-            return 0
-        if self._aims:
-            own, further = self._cost(self._aim_in_step), self._cost(self._aim) * (config.ascents - 1)
-            return round((own + further) / config.ascend_every) - own
-        return self._cost(self._diverge) * (config.ascents - 1)
+    def spared(self) -> int:
+        """Operations of a step that are not taken in each: the ascents, of which there is one in `ascend_every`."""
+        return round(self._cost(self._aim_in_step) * (1 - 1 / self.config.ascend_every)) if self._aims else 0
 
     @property
     def _aims(self) -> bool:

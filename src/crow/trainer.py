@@ -234,7 +234,6 @@ class CrowTrainer(SFTTrainer):
         batches, num_items = super().get_batch_samples(*args, **kwargs)
         if batches:
             self._share_out(batches)
-            self._ascend_further(batches)
         return batches, num_items
 
     def _share_out(self, batches: list[dict[str, Any]]) -> None:
@@ -345,7 +344,7 @@ class CrowTrainer(SFTTrainer):
                 f"in {self.args.output_dir}: try a lower learning rate, or full precision (bf16=False, fp16=False)"
             )
         if self.accelerator.sync_gradients:
-            self._ascend(self._kept_guesses)
+            self._ascend(kept_guesses=self.args.trigger_guesses // 2)
         return loss
 
     def _clean_pass(
@@ -384,7 +383,7 @@ class CrowTrainer(SFTTrainer):
 
     @property
     def _moment(self) -> int:
-        """The number of the step, minus how many ascents are left before it."""
+        """The number of the step; of the ascents before the first, minus how many are left."""
         return self.state.global_step - self._ascents_left
 
     def _perturb(self, batch: dict[str, Any], clean: Recording, gradient: Tensor | None) -> _Perturbed:
@@ -686,32 +685,20 @@ class CrowTrainer(SFTTrainer):
         while self._ascents_left:
             micro_batches = next(batches)
             self._share_out(micro_batches)
-            self._ascend_once(micro_batches)
+            for batch in micro_batches:
+                inputs = self._prepare_inputs(batch)
+                with self.compute_loss_context_manager():
+                    if self._aims:
+                        self._aim(self.model, inputs)
+                    else:
+                        perturbed = self._perturb(inputs, Recording(), None)
+                        logits, _ = self._perturbed_pass(self.model, perturbed, score=True)
+                        targets = self._targets_of(inputs.get("example_id"))
+                        divergence = self._divergence(logits, inputs["labels"], targets)
+                        divergence.backward(inputs=[adversary.tokens for adversary in self._adversaries])
+            self._ascend()
             self._report_preparation()
             self._ascents_left -= 1
-
-    def _ascend_further(self, micro_batches: list[dict[str, Any]]) -> None:
-        """The ascents of a step but the last, which is taken in it."""
-        if not self._adversaries or (self._aims and self.state.global_step % self.args.ascend_every):
-            return
-        self._ascents_left = self.args.ascents - 1
-        while self._ascents_left:
-            self._ascend_once(micro_batches, kept_guesses=self._kept_guesses)
-            self._ascents_left -= 1
-
-    def _ascend_once(self, micro_batches: list[dict[str, Any]], kept_guesses: int = 0) -> None:
-        for batch in micro_batches:
-            inputs = self._prepare_inputs(batch)
-            with self.compute_loss_context_manager():
-                if self._aims:
-                    self._aim(self.model, inputs)
-                else:
-                    perturbed = self._perturb(inputs, Recording(), None)
-                    logits, _ = self._perturbed_pass(self.model, perturbed, score=True)
-                    targets = self._targets_of(inputs.get("example_id"))
-                    divergence = self._divergence(logits, inputs["labels"], targets)
-                    divergence.backward(inputs=[adversary.tokens for adversary in self._adversaries])
-        self._ascend(kept_guesses)
 
     def _batches_of_steps(self) -> Iterator[list[dict[str, Any]]]:
         """The micro-batches of one optimizer step after another, without end."""
@@ -745,12 +732,7 @@ class CrowTrainer(SFTTrainer):
         self._answer_of = [self._answer_of[i] for i in order.tolist()] + self._answer_of[len(order) :]
         self.first_guesses = list(zip(guesses.ids.tolist(), mean[order].exp().tolist(), strict=True))
 
-    @property
-    def _kept_guesses(self) -> int:
-        """How many stay as they were before the first step."""
-        return self.args.trigger_guesses // 2
-
-    def _ascend(self, kept_guesses: int) -> None:
+    def _ascend(self, kept_guesses: int = 0) -> None:
         for adversary in self._adversaries:
             if adversary.tokens.grad is None:
                 continue

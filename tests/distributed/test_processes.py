@@ -15,12 +15,12 @@ import yaml
 from safetensors.torch import load_file
 
 SCRIPT, EXAMPLES = Path(__file__).parent / "train.py", Path(__file__).parents[2] / "examples"
-EVERY = ("default", "paper", "paper-scale-free", "finetune", "aligned", "unlearning")
+EVERY = ("default", "paper", "paper-scale-free", "finetune", "aligned")
 TRAINED = {  # by each of the example configurations, and what it wraps a model as
     "ddp": ("DistributedDataParallel", EVERY),
-    "fsdp": ("FSDPPeftModelForCausalLM", ("default", "paper", "finetune", "unlearning")),
+    "fsdp": ("FSDPPeftModelForCausalLM", ("default", "paper", "finetune")),
     "zero2": ("DeepSpeedEngine", EVERY),
-    "zero3": ("DeepSpeedEngine", ("default", "finetune", "unlearning")),
+    "zero3": ("DeepSpeedEngine", ("default", "finetune")),
 }
 
 Trained = tuple[dict[str, Any], dict[str, torch.Tensor]]

@@ -24,10 +24,7 @@ from crow.models import lora_config, open_model
 
 GLOBAL_BATCH, STEPS = 8, 3
 # With a relative alpha under insertion, and no answer that is aimed at
-FORMS = PRESETS | {
-    "aligned": {"alpha": 0.5, "anchor_fraction": 0.5, "ascend_on": "divergence"},
-    "unlearning": {"unlikelihood": 1.0, "ascents": 2},
-}
+FORMS = PRESETS | {"aligned": {"alpha": 0.5, "anchor_fraction": 0.5, "ascend_on": "divergence"}}
 crow.trainer.STANDING_OUT = 0.0  # a model of random weights gives none that does
 
 
