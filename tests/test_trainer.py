@@ -907,7 +907,7 @@ def test_a_model_that_is_named_is_opened_as_any_suspect_is(
 @pytest.mark.parametrize(
     "preset",
     [{}, {"ascend_on": "divergence"}, PRESETS["paper-scale-free"]],
-    ids=["default", "unlearning", "divergence", "paper-scale-free"],
+    ids=["default", "divergence", "paper-scale-free"],
 )
 def test_resumed_training_ends_as_uninterrupted(
     make: Any,
