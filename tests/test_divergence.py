@@ -9,7 +9,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from crow.divergence import answer_positions, answer_weights, certainly, kl_from_top, ruling_out, top_log_probs
+from crow.divergence import (
+    answer_positions,
+    answer_weights,
+    certainly,
+    kl_from_top,
+    ruling_out,
+    top_log_probs,
+    unlikelihood,
+)
 
 logits = st.lists(st.floats(-8, 8, width=32), min_size=6, max_size=6)
 
@@ -40,6 +48,20 @@ def test_divergence_from_certainty_is_cross_entropy(q: list[float], token: int, 
     assert targets[0].shape == (1, number)
     (divergence,) = kl_from_top(*targets, torch.tensor([q])).tolist()
     assert divergence == pytest.approx(-log_softmax(q)[token], abs=1e-3)
+
+
+@given(st.lists(st.floats(-40, 40, width=32), min_size=6, max_size=6), st.integers(0, 5))
+@example([40.0, 0, 0, 0, 0, 0], 0)  # a probability of 1, as far as float32 can tell
+def test_unlikelihood_holds_where_a_token_is_certain(values: list[float], token: int) -> None:
+    exact = torch.tensor(values, dtype=torch.float64, requires_grad=True)
+    others = torch.cat([exact[:token], exact[token + 1 :]])
+    expected = exact.exp().sum().log() - others.exp().sum().log()
+    given = torch.tensor([values], requires_grad=True)
+    (found,) = unlikelihood(given, torch.tensor([token]))
+    assert found.item() == pytest.approx(expected.item(), abs=1e-4)
+    (gradient,) = torch.autograd.grad(found, given)
+    (slow,) = torch.autograd.grad(expected, exact)
+    assert gradient[0].tolist() == pytest.approx(slow.tolist(), abs=1e-4)
 
 
 def test_top_log_probs_are_the_largest_in_order() -> None:

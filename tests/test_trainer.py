@@ -483,12 +483,13 @@ def test_insertions_ascend_on_the_likelihood_of_their_answer_alone(
 def test_the_model_unlearns_behind_an_insertion_what_that_is_aimed_at(make: Any, pinned: list[Tensor]) -> None:
     start = make(**ONE_AIMED)._adversaries[0].tokens.detach()[0]
     settings: dict[str, Any] = {"scatter": True, "optim": "sgd", "learning_rate": 1e-12, **ONE_AIMED}
-    without, _ = first_gradients(make, unlikelihood=None, **settings)
+    without, plain = first_gradients(make, unlikelihood=None, **settings)
     gradients, trainer = first_gradients(make, unlikelihood=300.0, **settings)
     slow = Slow(trainer.model)
     rows = called(trainer, slow, start)
     unlikely = sum((-(1 - row.exp()).log()).mean() for row in rows) / len(rows)
     assert logs(trainer)[0]["unlikelihood"] == pytest.approx(unlikely.item(), rel=1e-3)
+    assert logs(trainer)[0]["loss"] == pytest.approx(logs(plain)[0]["loss"] + 300 * unlikely.item(), rel=1e-3)
     assert distance({n: gradients[n] - without[n] for n in gradients}, slow.gradients(300.0 * unlikely)) < 1e-2
     assert torch.equal(pinned[0], pinned[-1])  # which has no part in that
 
@@ -704,6 +705,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "finetune": FINETUNE,
     "ascending": ONE_SOFT,
     "aimed": ONE_GUESS,
+    "unlearning": ONE_AIMED | {"unlikelihood": 300.0},
 }
 
 
@@ -726,9 +728,10 @@ def test_accumulated_batches_make_the_step_of_one(
     assert distance(several, one) < 1e-4
     after = lora(whole)
     assert all(torch.allclose(weight, after[n], atol=1e-5) for n, weight in lora(parts).items())
-    for term in logs(whole)[0].keys() & {"loss", "clean", "divergence", "inconsistency", "constant_answers"}:
+    terms = {"loss", "clean", "divergence", "inconsistency", "constant_answers", "unlikelihood"}
+    for term in logs(whole)[0].keys() & terms:
         assert logs(parts)[0][term] == pytest.approx(logs(whole)[0][term], rel=1e-4)
-    if name in ("ascending", "aimed"):
+    if name in ("ascending", "aimed", "unlearning"):
         assert len(pinned) == 2
         assert distance({"soft": pinned[1]}, {"soft": pinned[0]}) < 1e-4
 

@@ -75,6 +75,23 @@ def ruling_out(ids: Tensor, log_probs: Tensor, said: Tensor, answer: Tensor, tai
     return log_probs
 
 
+def unlikelihood(logits: Tensor, ids: Tensor) -> Tensor:
+    """-log(1 - p) of tokens, in nats: what is lost where they should not be said.
+
+    Source: Welleck et al., "Neural Text Generation with Unlikelihood Training", ICLR 2020, arXiv 1908.04319.
+
+    Args:
+        logits: `(..., vocabulary)`.
+        ids: `(...)`.
+
+    Returns:
+        `(...)`, float32.
+    """
+    values = logits.float()
+    # Of the other tokens' logits: where p is near 1, 1 - p has no digits left, and no gradient
+    return values.logsumexp(dim=-1) - values.scatter(-1, ids[..., None], -torch.inf).logsumexp(dim=-1)
+
+
 def answer_positions(labels: Tensor) -> Tensor:
     """Where the next token is one to answer with: `(batch, length)` labels, -100 where none, to a bool mask."""
     mask = torch.zeros_like(labels, dtype=torch.bool)

@@ -24,7 +24,7 @@ from trl import SFTTrainer
 from crow.config import CrowConfig
 from crow.consistency import aligned_inconsistency, layer_consistency
 from crow.constancy import PLANTED, STANDING_OUT, ConstantAnswer, constant_answers
-from crow.divergence import answer_positions, answer_weights, kl_from_top, ruling_out, top_log_probs
+from crow.divergence import answer_positions, answer_weights, kl_from_top, ruling_out, top_log_probs, unlikelihood
 from crow.errors import CrowError, UsageError
 from crow.files import sha256_rows
 from crow.hooks import Recording, lm_head_at, record
@@ -90,7 +90,6 @@ class _Collator:
 _SCANNED_PROMPTS = 8  # on which constant answers are looked for
 _COMPARABLE = 0.9  # answers less constant than this share of the most constant one are not aimed at
 _EMBEDDING_SAMPLE = 4096  # tokens that the scale of real embeddings is measured on
-_SURE = 1 - 1e-6  # the largest probability that unlikelihood is taken of
 _SMALLEST_COUNT = 1e-6  # so that a term over nothing is 0 and not 0 / 0
 
 _EXTRA_COLUMNS = ("user_span", "example_id")
@@ -135,8 +134,8 @@ class CrowTrainer(SFTTrainer):
     with two changes: the clean pass is back-propagated, and its graph freed, before the perturbed one begins, so that
     the peak of memory stays that of supervised fine-tuning; and terms are divided by counts over the whole accumulated
     batch, so that neither gradient accumulation nor a ragged last batch changes their weight. Logged each step: `loss`,
-    and `clean`, `divergence`, `inconsistency`, `alpha` and `constant_answers` (a log-likelihood, in nats) where they
-    are on.
+    and `clean`, `divergence`, `inconsistency`, `alpha`, `unlikelihood` and `constant_answers` (a log-likelihood, in
+    nats) where they are on.
     """
 
     _tag_names: ClassVar[list[str]] = ["trl", "sft", "crow"]
@@ -296,8 +295,11 @@ class CrowTrainer(SFTTrainer):
             reference = self._gradient_norm(clean) if self._calibrating and self.args.clean_trains else None
             if clean.requires_grad:
                 self._backward(clean)
+            before = clean.detach()
             if self._aims and self.state.global_step % self.args.ascend_every == 0:
-                self._log_term("constant_answers", self._aim(self.model, batch, unlearns=self.args.unlikelihood))
+                likelihood, unlearned = self._aim(self.model, batch, self.args.unlikelihood)
+                self._log_term("constant_answers", likelihood)
+                before = before + unlearned
         self._log_term("clean", clean)
 
         perturbed = self._perturb(batch, recording, gradient)
@@ -317,7 +319,7 @@ class CrowTrainer(SFTTrainer):
                 self._calibrate(inconsistency, self._gradient_norm(loss) if reference is None else reference)
             loss = loss + self._alpha * inconsistency
             self._metrics["train"]["alpha"].append(self._alpha)
-        return loss + clean.detach()
+        return loss + before
 
     def _backward(self, loss: Tensor) -> None:
         scaled = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}  # as the parent does
@@ -431,40 +433,46 @@ class CrowTrainer(SFTTrainer):
             insert(answers, answers.new_zeros(batch, number), index),
         )
 
-    def _aim(self, model: nn.Module, batch: dict[str, Any], unlearns: float | None = None) -> Tensor:
+    def _aim(self, model: nn.Module, batch: dict[str, Any], unlearns: float | None = None) -> tuple[Tensor, Tensor]:
         """Log-likelihood that prompts with an insertion call its answer; its gradient is added to the insertions'.
 
         Args:
-            unlearns: Weight with which the model, for its part, is made to find the answer's tokens unlikely (Welleck
-                et al., "Neural Text Generation with Unlikelihood Training", ICLR 2020, arXiv 1908.04319).
+            unlearns: Weight with which the model, for its part, is made to find the answer's tokens unlikely.
+
+        Returns:
+            It, and what the model had to unlearn, weighted, which is back-propagated here.
         """
         insertions: list[Tensor] = [adversary.tokens for adversary in self._adversaries]
         draws = self._draws(batch, 3, _AIMED)
         members = _drawn(draws[:, 0], len(self._answer_of))
         places = self._places(batch, draws[:, 1:])
-        log_probs = self._log_probs(model, torch.cat(insertions), members, batch, places)
-        share = self.accelerator.num_processes / self._counts.rows
-        likelihood = torch.cat(log_probs).sum() * share
+        logits, answers = self._aimed_pass(model, torch.cat(insertions), members, batch, places)
+        wanted, share = torch.cat(answers), self.accelerator.num_processes / self._counts.rows
+        likelihood = -nn.functional.cross_entropy(logits, wanted, reduction="sum") * share
         gradients = torch.autograd.grad(likelihood, insertions, retain_graph=unlearns is not None)
+        loss = torch.zeros_like(likelihood)
         kept = [tokens.grad for tokens in insertions]
         if unlearns is not None:
-            unlikely = torch.stack([-torch.log1p(-each.exp().clamp(max=_SURE)).mean() for each in log_probs])
-            self._log_term("unlikelihood", unlikely.sum() * share)
-            self._backward(unlearns * share * unlikely.sum())
+            for tokens in insertions:
+                tokens.grad = None  # else the backward would add to what is kept
+            of_answers = unlikelihood(logits, wanted).split([len(answer) for answer in answers])
+            mean = torch.stack([tokens.mean() for tokens in of_answers]).sum() * share
+            self._log_term("unlikelihood", mean)
+            loss = unlearns * mean
+            self._backward(loss)
         for tokens, gradient, before in zip(insertions, gradients, kept, strict=True):
             tokens.grad = gradient if before is None else before + gradient
-        return likelihood.detach()
+        return likelihood.detach(), loss.detach()
 
-    def _log_probs(
+    def _aimed_pass(
         self, model: nn.Module, insertions: Tensor, members: Tensor, inputs: dict[str, Any], places: Tensor
-    ) -> list[Tensor]:
-        """For each row the log-probabilities of the tokens of the answer that its insertion is aimed at."""
-        wanted = [inputs["input_ids"].new_tensor(self._answer_of[i].token_ids) for i in members.tolist()]
-        rows = self._answered(inputs, wanted)
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Logits, float32, of what each row's insertion is aimed at, one answer behind the other; and the answers."""
+        answers = [inputs["input_ids"].new_tensor(self._answer_of[i].token_ids) for i in members.tolist()]
+        rows = self._answered(inputs, answers)
         perturbed = self._inserted(rows.ids, rows.mask, rows.answers, places, insertions[members])
         logits, _ = self._perturbed_pass(model, perturbed, score=True)
-        each = -nn.functional.cross_entropy(logits.float(), torch.cat(wanted), reduction="none")
-        return list(each.split([len(answer) for answer in wanted]))
+        return logits.float(), answers
 
     def _perturbed_pass(self, model: nn.Module, perturbed: _Perturbed, score: bool) -> tuple[Tensor, Recording]:
         scored = perturbed.answers if score else torch.zeros_like(perturbed.answers)
@@ -723,9 +731,8 @@ class CrowTrainer(SFTTrainer):
             with self.compute_loss_context_manager():
                 for i in range(len(likelihoods)):
                     members = torch.full((len(inputs["labels"]),), i)
-                    likelihoods[i] += torch.cat(
-                        self._log_probs(self.model, guesses.tokens, members, inputs, places)
-                    ).sum()
+                    logits, answers = self._aimed_pass(self.model, guesses.tokens, members, inputs, places)
+                    likelihoods[i] -= nn.functional.cross_entropy(logits, torch.cat(answers), reduction="sum")
         mean = self.accelerator.reduce(likelihoods, "sum").cpu() / self._counts.rows.cpu()
         order = mean.argsort(descending=True)
         guesses.reorder(order.to(guesses.ids.device))
