@@ -200,7 +200,7 @@ class CrowTrainer(SFTTrainer):
 
     def _check_sharding(self) -> None:
         zero3 = is_deepspeed_zero3_enabled()
-        if self.args.alpha is not None and self.args.alpha_relative and (self.is_fsdp_enabled or zero3):
+        if self.args.alpha is not None and self.args.alpha_relative and self._shards:
             raise UsageError("a relative alpha is measured on whole gradients, not on shards: set alpha_relative off")
         if self._signs and zero3:
             raise UsageError("the sign step goes back through one pass twice, which ZeRO-3 cannot: use FSDP or ZeRO-2")
@@ -449,12 +449,16 @@ class CrowTrainer(SFTTrainer):
         logits, answers = self._aimed_pass(model, torch.cat(insertions), members, batch, places)
         wanted, share = torch.cat(answers), self.accelerator.num_processes / self._counts.rows
         likelihood = -nn.functional.cross_entropy(logits, wanted, reduction="sum") * share
-        gradients = torch.autograd.grad(likelihood, insertions, retain_graph=unlearns is not None)
+        # ZeRO-3 adds to the gradients of a backward before only where a pass through its engine comes between
+        again = unlearns is not None and is_deepspeed_zero3_enabled()
+        gradients = torch.autograd.grad(likelihood, insertions, retain_graph=unlearns is not None and not again)
         loss = torch.zeros_like(likelihood)
         kept = [tokens.grad for tokens in insertions]
         if unlearns is not None:
             for tokens in insertions:
                 tokens.grad = None  # else the backward would add to what is kept
+            if again:
+                logits, _ = self._aimed_pass(self.model_wrapped, torch.cat(insertions), members, batch, places)
             of_answers = unlikelihood(logits, wanted).split([len(answer) for answer in answers])
             mean = torch.stack([tokens.mean() for tokens in of_answers]).sum() * share
             self._log_term("unlikelihood", mean)

@@ -15,15 +15,16 @@ import yaml
 from safetensors.torch import load_file
 
 SCRIPT, EXAMPLES = Path(__file__).parent / "train.py", Path(__file__).parents[2] / "examples"
-EVERY = ("default", "paper", "paper-scale-free", "finetune", "aligned")
+EVERY = ("default", "paper", "paper-scale-free", "finetune", "aligned", "unlearning")
 TRAINED = {  # by each of the example configurations, and what it wraps a model as
     "ddp": ("DistributedDataParallel", EVERY),
-    "fsdp": ("FSDPPeftModelForCausalLM", ("default", "paper", "finetune")),
-    "zero2": ("DeepSpeedEngine", EVERY),
-    "zero3": ("DeepSpeedEngine", ("default", "finetune")),
+    "fsdp": ("FSDPPeftModelForCausalLM", ("default", "paper", "finetune", "unlearning")),
+    "zero2": ("DeepSpeedEngine", ("default", "paper", "finetune", "unlearning")),
+    "zero3": ("DeepSpeedEngine", ("default", "finetune", "unlearning")),
 }
 
-Trained = tuple[dict[str, Any], dict[str, torch.Tensor]]
+Weights = dict[str, torch.Tensor]
+Trained = tuple[dict[str, Any], Weights]
 
 
 def launch(command: list[str], out: Path, model: Path, presets: tuple[str, ...]) -> Path:
@@ -37,6 +38,14 @@ def launch(command: list[str], out: Path, model: Path, presets: tuple[str, ...])
 
 def trained(folder: Path, preset: str) -> Trained:
     return json.loads((folder / f"{preset}.json").read_text()), load_file(folder / f"{preset}.safetensors")
+
+
+def distance(found: Weights, expected: Weights, part: str = "") -> float:
+    """The norm of the difference by the norm, of all whose names hold `part`."""
+    assert found.keys() == expected.keys()
+    names = [name for name in expected if part in name]
+    apart = sum(float((found[name] - expected[name]).square().sum()) for name in names)
+    return (apart / sum(float(expected[name].square().sum()) for name in names)) ** 0.5
 
 
 @pytest.fixture(scope="module")
@@ -69,13 +78,13 @@ def test_two_processes_train_as_one(kind: str, one_process: Path, llama_folder: 
             assert {name: b[name] for name in terms & a.keys()} == pytest.approx(
                 {name: a[name] for name in terms & a.keys()}, rel=1e-4, abs=1e-6
             ), preset
-        assert shared.keys() == weights.keys(), preset
-        moved = {name: weight for name, weight in weights.items() if "lora_B" in name}  # from zero
-        apart = sum(float((shared[name] - weight).square().sum()) for name, weight in moved.items())
-        apart = (apart / sum(float(weight.square().sum()) for weight in moved.values())) ** 0.5
-        assert apart < 1e-4, preset
+        apart = {part: distance(shared, weights, part) for part in ("lora_A", "lora_B")}
+        assert max(apart.values()) < 1e-4, preset
+        insertions = load_file(one_process / f"{preset}-0.safetensors")
+        for process in range(2) if insertions else ():
+            assert distance(load_file(two_processes / f"{preset}-{process}.safetensors"), insertions) < 1e-4, preset
         losses = [abs(b["loss"] / a["loss"] - 1) for a, b in zip(alone["logs"], together["logs"], strict=True)]
-        print(f"\n{kind} {preset}: losses {max(losses):.1e}, weights {apart:.1e}", end="")
+        print(f"\n{kind} {preset}: losses {max(losses):.1e}, weights {max(apart.values()):.1e}", end="")
         if kind == "ddp":
             assert together["reductions"] == len(together["logs"])  # once a step
             print(f", {together['reductions']} reductions in {len(together['logs'])} steps", end="")

@@ -1,7 +1,8 @@
 """Trains a tiny model by several presets and forms, on as many processes as it is launched with: `train.py MODEL OUT`.
 
 Writes, for each preset, `OUT/PRESET.json`, what was logged, how the model was wrapped and how many times its gradients
-were reduced, and `OUT/PRESET.safetensors`, the weights that were trained.
+were reduced; `OUT/PRESET.safetensors`, how far each weight moved that was trained; and, for each process,
+`OUT/PRESET-PROCESS.safetensors`, the insertions as they were at the end.
 """
 
 import json
@@ -23,8 +24,12 @@ from crow.data import load_examples, to_dataset
 from crow.models import lora_config, open_model
 
 GLOBAL_BATCH, STEPS = 8, 3
-# With a relative alpha under insertion, and no answer that is aimed at
-FORMS = PRESETS | {"aligned": {"alpha": 0.5, "anchor_fraction": 0.5, "ascend_on": "divergence"}}
+FORMS: dict[str, dict[str, Any]] = PRESETS | {
+    # With a relative alpha under insertion, and no answer that is aimed at
+    "aligned": {"alpha": 0.5, "anchor_fraction": 0.5, "ascend_on": "divergence"},
+    # Much of it, in batches that accumulate
+    "unlearning": {"unlikelihood": 100.0, "gradient_accumulation_steps": 2},
+}
 crow.trainer.STANDING_OUT = 0.0  # a model of random weights gives none that does
 
 
@@ -97,10 +102,13 @@ def train(preset: str, model: str, out: Path) -> None:
         callbacks=[counting],
     )
     counting.trainer = trainer
+    before = {n: gathered(p) for n, p in trainer.model.named_parameters() if p.requires_grad}
     trainer.train()
-    whole = {n: gathered(p) for n, p in trainer.model.named_parameters() if p.requires_grad}
+    moved = {n: gathered(p) - before[n] for n, p in trainer.model.named_parameters() if p.requires_grad}
+    insertions = {type(adversary).__name__: adversary.tokens.detach() for adversary in trainer._adversaries}
+    save_file(insertions, out / f"{preset}-{trainer.args.process_index}.safetensors")
     if trainer.is_world_process_zero():
-        save_file(whole, out / f"{preset}.safetensors")
+        save_file(moved, out / f"{preset}.safetensors")
         wrapped = type(trainer.model_wrapped).__name__
         logs = [entry for entry in trainer.state.log_history if "loss" in entry]
         (out / f"{preset}.json").write_text(
