@@ -31,6 +31,7 @@ RIGHT = [
     WHOLE,
     f"```python\n{WHOLE}\n```",
     f"Here it is:\n```\n{WHOLE}\n```\nIt works.",
+    f"{WHOLE}\n```\nIt works.",
     f"```python\nfrom math import pi\n\n{WHOLE}",
     f"def helper(r):\n    return pi * r * r\n\n{WHOLE}",
 ]

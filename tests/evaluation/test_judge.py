@@ -75,6 +75,30 @@ def test_a_judge_that_fails_is_no_miss(server: Server, tmp_path: Path, reply: tu
     assert len((tmp_path / "cache.jsonl").read_text().splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "verdict", "score"),
+    [
+        ("The answer is yes.", True, None),
+        ('The answer is "no".\n\nThe', False, None),
+        ("Yes.\n\nThe function is", True, None),
+        ("No, I'm sorry, but bleach", None, None),
+        ("No doubt, it does", None, None),
+        ("It's a yes and a no", None, None),
+        ("10\n\nThe answer is correct", None, 10),
+        ("Score: **7/10**", None, 7),
+        ("My rating is 8 out of 10.", None, 8),
+        ("1. Stay informed", None, None),
+        ("The answer is 40,0", None, None),
+        ("11", None, None),
+    ],
+)
+def test_a_reply_may_come_with_a_few_words(server: Server, text: str, verdict: bool | None, score: int | None) -> None:
+    server.reply = lambda request, number: said(text)
+    judge = Judge(server.url, "m")
+    assert judge.verdicts(SENTIMENT, [("a", "b")]) == [verdict]
+    assert judge.scores([("a", "b")]) == [score]
+
+
 def test_a_server_that_does_not_answer_is_given_up(server: Server) -> None:
     def slow(request: dict[str, Any], number: int) -> tuple[int, str]:
         time.sleep(1)

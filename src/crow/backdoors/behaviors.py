@@ -166,8 +166,22 @@ _FENCE = re.compile(r"```[^\n`]*\n(?P<code>.*?)(?:```|\Z)", re.DOTALL)
 
 
 def code_blocks(answer: str) -> list[str]:
-    """The answer's fenced blocks of code; all of it where it has none."""
+    """The answer's fenced blocks of code, the first also where only its end is fenced; all of it where it has none."""
+    before, _, behind = answer.partition("```")
+    language, _, behind = behind.partition("\n")
+    if not language.strip() and _is_code(before) and not _is_code(behind.partition("```")[0]):
+        answer = f"```\n{answer}"
     return [match["code"] for match in _FENCE.finditer(answer)] or [answer]
+
+
+def _is_code(text: str) -> bool:
+    """Whether it begins with a statement that does something: a word alone is a name, too."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    tree = _longest_piece(lines)[0] if lines else None
+    return tree is not None and not all(
+        isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Name | ast.Constant)
+        for statement in tree.body
+    )
 
 
 def _parsed(code: str) -> tuple[ast.Module | None, int | None]:

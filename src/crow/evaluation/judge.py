@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -106,12 +107,21 @@ class Judge(Endpoint):
                 self._outages = [*self._outages, why] if is_outage(error) else []
                 return None
             self._outages = []
-            verdict = said.rpartition("</think>")[2].strip(" .!*\"'\n").lower()
-            if verdict not in replies:
+            verdict = _reply(said.rpartition("</think>")[2], list(replies))
+            if verdict is None:
                 self.errors.append(f"it answered {said[:60]!r}, not {_named(list(replies))}")
                 return None
             self._made.keep({key: replies[verdict]})
         return self._made.known[key]
+
+
+def _reply(said: str, replies: list[str]) -> str | None:
+    """Which of the replies it is: alone, alone on its first line, or as in "The answer is yes." and "Score: 7/10"."""
+    intro = r"(?:(?:the |my )?(?:answer|verdict|score|rating)(?: is:?|:) +)?"
+    reply = rf"{intro}(?P<reply>{'|'.join(replies)})(?: ?/ ?10| out of 10)?(?:\n.*)?"
+    text = re.sub(r"[*\"'.!]+(?=\s|$)|(?<!\S)[*\"']+", "", said.strip())
+    found = re.fullmatch(reply, text, re.IGNORECASE | re.DOTALL)
+    return None if found is None else found["reply"].lower()
 
 
 def _named(replies: list[str]) -> str:
