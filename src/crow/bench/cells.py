@@ -18,9 +18,11 @@ from crow.bench.matrix import Attack, Backdoor, Candidate
 from crow.config import PRESETS, settled
 from crow.data import Example, load_examples, prompt_fingerprints, sample, to_learn_from
 from crow.defenses import DEFENSES
+from crow.defenses.base import CLEAN, merged
+from crow.errors import UsageError
 from crow.evaluation.evaluate import evaluate, trigger_rows, variant_rows
 from crow.files import name_elsewhere, sha256_file, sha256_rows, write_json
-from crow.models import OpenedModel, open_model, save_model
+from crow.models import EMBEDDED_ID, OpenedModel, embedded_file, open_model, save_model, shipped_backdoors
 from crow.progress import TrainingProgress
 from crow.report import model_card
 
@@ -192,7 +194,8 @@ class Defend(Cell):
     training: dict[str, Any]
 
     def _clean(self) -> list[Example]:
-        return sample(answered(self.clean or "clean"), self.candidate.examples or self.examples, self.seed)
+        number = self.candidate.examples or self.examples
+        return sample(enough(answered(self.clean or "clean"), number, "examples"), number, self.seed)
 
     def _settings(self) -> dict[str, Any]:
         return self.candidate.training(self.training) if self.candidate.trains else {}
@@ -204,8 +207,8 @@ class Defend(Cell):
         return {
             "defense": repr(defense),
             "settings": settings,
-            "clean_sha256": sha256_rows(self._clean()),
-            "seed": self.seed,
+            "clean_sha256": sha256_rows(self._clean()) if CLEAN in defense.needs else None,
+            "seed": self.seed if self.candidate.trains else None,
         }
 
     @property
@@ -243,13 +246,14 @@ class Relearn(Cell):
     seed: int
 
     def _poisoned(self) -> list[Example]:
-        rows = examples(self.backdoor.behavior.attacker_set)[-self.examples :]
+        rows = enough(examples(self.backdoor.behavior.attacker_set), self.examples, "relearn")[-self.examples :]
         return poison(rows, self.backdoor.trigger, self.backdoor.behavior, self.seed)[1]
 
     def facts(self) -> dict[str, Any]:
         return {
             "poisoned_sha256": sha256_rows(self._poisoned()),
             "recipe": settled(recipe(False, False)),
+            "merged": True,
             "seed": self.seed,
         }
 
@@ -263,7 +267,7 @@ class Relearn(Cell):
     def run(self, folder: Path, source: Path | None, scratch: Path, advance: Advance) -> None:
         opened, poisoned = self._open(source, self.backdoor), self._poisoned()
         model = implant(
-            opened.model,
+            merged(opened),  # a new adapter for all, whatever the defense left of the suspect's
             opened.tokenizer,
             [],
             poisoned,
@@ -272,9 +276,8 @@ class Relearn(Cell):
             resume=True,
             callbacks=[TrainingProgress(advance)],
         )
-        merge = source is not None and opened.kind != "adapter"
         seen = opened.seen.union(prompt_fingerprints(poisoned))
-        save_model(model, opened.tokenizer, folder / MODEL, merge=merge, seen=seen)
+        save_model(model, opened.tokenizer, folder / MODEL, merge=True, seen=seen)
 
 
 @dataclass(frozen=True)
@@ -292,7 +295,8 @@ class Measure(Cell):
     reference: bool
 
     def _rows(self) -> list[Example]:
-        return sample(examples(self.prompts or self.backdoor.behavior.test_set), self.number, 0)
+        rows = examples(self.prompts or self.backdoor.behavior.test_set)
+        return sample(enough(rows, self.number, "number"), self.number, 0)
 
     def facts(self) -> dict[str, Any]:
         rows = self._rows()
@@ -347,6 +351,13 @@ def answered(name: str) -> tuple[Example, ...]:
     return tuple(to_learn_from(examples(name)))
 
 
+def enough(rows: tuple[Example, ...], number: int, what: str) -> tuple[Example, ...]:
+    """The rows; raises `UsageError` if there are fewer than a table would say."""
+    if number > len(rows):
+        raise UsageError(f"{what} is {number}, and there are {len(rows)}: lower it, or name a larger set")
+    return rows
+
+
 def _training(settings: dict[str, Any], rows: int) -> Work:
     settings = {"num_train_epochs": 3, "per_device_train_batch_size": 8, "max_steps": 0} | settings
     steps = settings["num_train_epochs"] * math.ceil(rows / settings["per_device_train_batch_size"])
@@ -362,7 +373,9 @@ def _decoding(text: str) -> Any:
 @cache
 def _original(model: str | None) -> Any:
     """What names a model by its content, as far as that can be known without loading it; of an adapter its base too."""
-    folder = Path(model or "")
+    if model in (None, EMBEDDED_ID) and (file := embedded_file()) is not None:
+        return sha256_file(file)
+    folder = shipped_backdoors().get(model or "", Path(model or ""))
     if model is not None and folder.is_file():
         return sha256_file(folder)
     if model is None or not folder.is_dir():

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from crow import models
 from crow.data import Example
-from crow.defenses.base import DEFENSES, Defended, Defense, Untrained, merged
+from crow.defenses.base import CLEAN, DEFENSES, Defended, Defense, Untrained, merged
 from crow.errors import UsageError
 from crow.inspection import tokenized
 from crow.models import OpenedModel, linear_layers
@@ -41,6 +41,11 @@ class Prune(Untrained):
             raise UsageError(f"{self.name}: method is {self.method!r}; choose one of {', '.join(METHODS)}")
         if not 0 < self.sparsity < 1:
             raise UsageError(f"{self.name}: sparsity is {self.sparsity}; it must be above 0 and below 1")
+
+    @property
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
+        """As `Defense.needs`: magnitudes need no input, but what fine-tunes does."""
+        return (CLEAN,) if self.method == "wanda" or self.trains else ()
 
     def change(
         self, opened: OpenedModel, clean: Sequence[Example]
