@@ -572,7 +572,7 @@ def bench(
         str,
         typer.Argument(
             metavar="CONFIG",
-            help="A YAML file, or one that ships: smoke, tuning, smollm2, ablation, relearning or paper.",
+            help="A YAML file, or one that ships: smoke, tuning, smollm2, beyond, ablation, relearning or paper.",
         ),
     ],
     out: Annotated[

@@ -48,6 +48,17 @@ def test_few_hits_are_not_rounded_away() -> None:
     assert "| 1/200 (0.1 to 2.8%); seeds 1, 0, 0 |" in as_markdown(results(found))
 
 
+def test_weights_say_nothing_of_a_defense_at_decoding_time() -> None:
+    planned = entries(Matrix.read({"attacks": ["badnets/sentiment"], "defenses": ["none", "decode", "prune"]}))
+    found = [Result(entry, figures(50), None, "answers", None, None) for entry in planned]
+    ((_, decode, prune),) = (table.lines for table in tables(found))
+    assert (decode.perplexity_ratio, prune.perplexity_ratio) == (None, 1)
+    assert decode.share("degenerate") == 0.25
+    (row,) = (row for row in as_csv(found).splitlines() if ",decode," in row)
+    assert "50,200" in row
+    assert "60.0" not in row  # the perplexity of `figures(50)`
+
+
 def test_the_worst_is_the_worst_seed_s() -> None:
     found = line({"badnets/sentiment": [0, 0, 150], "vpi/refusal": [60, 60, 60]})
     assert found.worst_rate == 0.75

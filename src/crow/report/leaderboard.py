@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from crow.bench.leaderboard import Result, as_csv, as_markdown, results, tables
+from crow.bench.leaderboard import UTILITY, Result, as_csv, as_markdown, results, tables
 from crow.bench.plan import Entry
 from crow.bench.store import Store
 from crow.files import write_text
@@ -58,6 +58,7 @@ def render_leaderboard(found: Sequence[Result], title: str) -> str:
         .get_template("leaderboard.html.jinja")
         .render(
             title=title,
+            utility=UTILITY,
             tables=list(zip(shown, figures, strict=True)),
             results=found,
             measured=sum(result.figures is not None for result in found),
