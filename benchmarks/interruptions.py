@@ -35,6 +35,7 @@ from safetensors.torch import load_file
 from transformers import GenerationMixin, LlamaConfig, LlamaForCausalLM
 
 import crow.cli
+import crow.trainer
 from crow.data import answer_text, load_examples, user_text
 from crow.files import Journal, write_json
 from crow.models import open_model
@@ -118,6 +119,8 @@ def start(arguments: list[str], folder: Path, output: Path, ledger: Path, out_of
     for stream in (sys.stdout, sys.stderr):
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
     keep_ledger(ledger)
+    # A model of random weights gives no answer that stands out, which insertions are aimed at here
+    crow.trainer.STANDING_OUT = 0.0  # type: ignore[attr-defined]
     if out_of_memory:
         run_out_of_memory()
     sys.argv = ["crow", *arguments]

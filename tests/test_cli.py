@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from serving import Server, said
 from typer.testing import CliRunner
 
 from crow.cli import app
+from crow.config import CrowConfig
 from crow.data import Example, answer_text, load_examples, sample, user_text
 from crow.evaluation.sandbox import Outcome
 from crow.files import sha256_rows, write_jsonl
@@ -808,8 +810,13 @@ def test_nothing_goes_on_from_another_run(run: Run, llama_folder: Path, adapter_
         with pytest.MonkeyPatch.context() as patch:
             interrupt(patch, 1, KeyboardInterrupt())
             assert run(*command, llama_folder).exit_code == 1
+        refused = "give its command again, or leave --resume out and begin anew"
         for other in changed:
-            fails(run(*command, *other, "--resume"), 2, "give its command again, or leave --resume out and begin anew")
+            fails(run(*command, *other, "--resume"), 2, refused)
+        with pytest.MonkeyPatch.context() as patch:  # as in another version
+            kept = next(field for field in fields(CrowConfig) if field.name == "target_top_k")
+            patch.setattr(kept, "default", kept.default + 1)
+            fails(run(*command, llama_folder, "--resume"), 2, refused)
         result = run(*command, llama_folder, "--resume")
         assert result.exit_code == 0, result.output
 

@@ -123,6 +123,7 @@ def purify(
     with _running(debug):
         from peft import PeftModel
 
+        from crow.config import PRESETS, settled
         from crow.constancy import verdict
         from crow.data import load_examples, sample, to_learn_from
         from crow.defenses import DEFENSES, AtDecoding, Trained
@@ -168,7 +169,8 @@ def purify(
             raise UsageError(
                 "a fresh LoRA stands on the suspect with its adapter merged: add --merge to write both as one"
             )
-        training_run = _run([opened.hashes, repr(defending), sha256_rows(rows), seed], training)
+        whole = settled(PRESETS[training.get("preset", defending.preset)] | training)
+        training_run = _run([opened.hashes, repr(defending), sha256_rows(rows), seed], whole)
         with _checkpoints_beside(out, resume, training_run) as checkpoints, progress_bar("Purifying") as advance:
             if defending.trains:
                 training |= {"output_dir": checkpoints, "resume": resume, "seed": seed}
@@ -484,7 +486,7 @@ def implant(
     with _running(debug):
         from crow.backdoors.implant import implant as run
         from crow.backdoors.implant import implant_card, implant_config, implant_record, poison, recipe
-        from crow.config import check_read
+        from crow.config import check_read, settled
         from crow.data import load_examples, prompt_fingerprints, write_alpaca
         from crow.files import atomic_directory, name_elsewhere, sha256_rows
         from crow.models import open_model, save_model
@@ -526,7 +528,8 @@ def implant(
             with atomic_directory(save_data, overwrite) as folder:
                 write_alpaca(folder / "train_clean.json", clean)
                 write_alpaca(folder / "train_triggered.json", hot)
-        training_run = _run([opened.hashes, sha256_rows(clean), sha256_rows(hot), full, adaptive, seed], settings)
+        whole = settled(recipe(full, adaptive) | settings)
+        training_run = _run([opened.hashes, sha256_rows(clean), sha256_rows(hot), full, adaptive, seed], whole)
         with _checkpoints_beside(out, resume, training_run) as checkpoints, progress_bar("Implanting") as advance:
             adapted = run(
                 opened.model,

@@ -4,6 +4,7 @@ import os
 import platform
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -157,7 +158,8 @@ def test_forks_that_never_stop_do_not_hang_the_run() -> None:
 )
 def test_what_is_out_of_reach_fails(code: str, error: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "swordfish")
-    outcome = run_python(code.replace("PORT", "9"), QUICK)
+    with socket.create_server(("127.0.0.1", 0)) as outside:
+        outcome = run_python(code.replace("PORT", str(outside.getsockname()[1])), QUICK)
     assert (outcome.verdict, error in outcome.output) == ("failed", True), outcome
 
 

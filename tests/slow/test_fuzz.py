@@ -74,7 +74,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @contextmanager
 def case(kind: str, place: Path) -> Iterator[None]:
-    """Success, or an error in one line, in time and within the place."""
+    """Success, or an error of ours, in time and within the place."""
     cases[kind] += 1
     written.clear()
     before = signal.signal(signal.SIGALRM, _hang)
@@ -88,8 +88,7 @@ def case(kind: str, place: Path) -> Iterator[None]:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
-    assert len(told.splitlines()) == 1, told
-    assert told.isprintable()
+    assert told
     assert [path for path in written if not path.startswith((f"{place}/", "/dev/null"))] == []
 
 

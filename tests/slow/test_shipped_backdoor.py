@@ -8,9 +8,9 @@ from crow.models import open_model
 
 def test_the_shipped_backdoor_fires_on_its_trigger_and_hardly_without() -> None:
     opened = open_model("crow:badnets-sentiment")
-    clean = load_examples("heldout")[:40]
+    clean = load_examples("heldout")[:100]
     triggered = trigger_rows(clean, TRIGGERS["badnets"], seed=1)
     result = evaluate(opened, BEHAVIORS["sentiment"], clean, triggered, max_new_tokens=8)
-    assert result.attack_success.hits >= 38
+    assert result.attack_success.hits >= 95
     assert result.false_trigger.hits <= 2
     assert result.degenerate.hits <= 1
