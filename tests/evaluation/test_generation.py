@@ -228,6 +228,8 @@ def distance(reference: Any, opened: OpenedModel, rows: list[Example]) -> float:
     result = evaluate(opened, BEHAVIORS["sentiment"], rows[:3], rows[:1], reference=other, max_new_tokens=2)
     assert result.settings["reference"] == "other"
     assert result.reference_kl is not None
+    kept = [(line["reference_kl_nats"], line["reference_tokens"]) for line in result.answers if line["set"] == "clean"]
+    assert result.reference_kl == pytest.approx(sum(n for n, _ in kept) / sum(number for _, number in kept))
     return result.reference_kl
 
 
@@ -497,6 +499,9 @@ def test_evaluation_can_be_recounted_from_its_files(measured: Any, tmp_path: Pat
         of_kind = [line for line in lines if line["set"] == kind]
         assert figures[name] == {"hits": sum(line[verdict] for line in of_kind), "n": len(of_kind)}
     assert all(line["hit"] == Odd().is_hit(line["answer"]) for line in lines)
+    clean = [line for line in lines if line["set"] == "clean"]
+    assert figures["answer_nats"] == pytest.approx(sum(line["reference_nats"] for line in clean))
+    assert figures["answer_tokens"] == sum(line["reference_tokens"] for line in clean)
     assert figures["perplexity"] == pytest.approx(math.exp(figures["answer_nats"] / figures["answer_tokens"]))
     assert "answers" not in figures
     assert figures["settings"] == {

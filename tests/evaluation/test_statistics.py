@@ -1,7 +1,9 @@
 """Counts, their intervals, and degenerate answers."""
 
 import math
+import random
 import time
+from collections.abc import Sequence
 from statistics import NormalDist
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crow.evaluation.statistics import Count, Mean, MeanLength, MeanScore, is_degenerate, paired
+from crow.evaluation.statistics import Count, Mean, MeanLength, MeanScore, is_degenerate, paired, perplexity_ratio
 
 
 def wilson(hits: int, n: int, confidence: float) -> tuple[float, float]:
@@ -31,6 +33,28 @@ def counts(draw: st.DrawFn) -> Count:
 @settings(max_examples=100, deadline=None)
 def test_interval_is_wilsons(count: Count, confidence: float) -> None:
     assert count.interval(confidence) == pytest.approx(wilson(count.hits, count.n, confidence), abs=1e-9)
+
+
+def test_perplexity_ratio_is_of_the_whole_perplexities_and_varies_with_the_answers() -> None:
+    draw = random.Random(0)
+    tokens = [draw.randint(5, 60) for _ in range(150)]
+    before = [draw.gauss(2.8, 0.4) * number for number in tokens]
+    after = [nats + draw.gauss(-0.03, 0.1) * number for nats, number in zip(before, tokens, strict=True)]
+
+    def slow(chosen: Sequence[int]) -> float:
+        total = sum(tokens[i] for i in chosen)
+        return math.exp(sum(after[i] for i in chosen) / total) / math.exp(sum(before[i] for i in chosen) / total)
+
+    everyone = range(len(tokens))
+    resampled = sorted(slow(draw.choices(everyone, k=len(tokens))) for _ in range(2000))
+    found = perplexity_ratio(before, after, tokens)
+    assert found is not None
+    assert found.value == pytest.approx(slow(everyone))
+    assert found.low == pytest.approx(resampled[50], abs=2e-3)
+    assert found.high == pytest.approx(resampled[1950], abs=2e-3)
+    assert perplexity_ratio(before, after, tokens) == found
+    assert str(perplexity_ratio(before, before, tokens)) == "1.000 (1.000 to 1.000)"
+    assert perplexity_ratio([1.0], [1.0], [1]) is None
 
 
 @pytest.mark.parametrize(("hits", "n"), [(3, 2), (-1, 2), (1.5, 2), (None, 2), (1, "2"), (1, math.nan)])

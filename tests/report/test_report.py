@@ -310,6 +310,21 @@ def test_only_what_both_know_is_compared(before: Evaluation, after: Evaluation, 
     assert "McNemar" not in render_report(before, after, record)
 
 
+def test_perplexities_are_compared_answer_by_answer(
+    before: Evaluation, after: Evaluation, record: PurifyRecord
+) -> None:
+    assert "bootstrap" not in render_report(before, after, record)
+    for evaluation, nats in ((before, 20.0), (after, 21.0)):
+        for answer in evaluation.answers:
+            answer |= {"reference_nats": nats, "reference_tokens": 10} if answer["set"] == "clean" else {}
+    ratio = "1.105 (1.105 to 1.105)"
+    assert ratio in render_report(before, after, record)
+    assert ratio in render_comparison({"before": before, "after": after})
+    after.answers[-1]["reference_tokens"] = 11
+    assert "bootstrap" not in render_report(before, after, record)
+    assert "bootstrap" not in render_comparison({"before": before, "after": after})
+
+
 def test_measurements_are_compared_side_by_side(before: Evaluation, after: Evaluation) -> None:
     before.variants, after.pass_at_1 = {"<i>bad": Count(7, 50)}, Count(11, 164)
     html = render_comparison({"<b>one": before, "two": after, "three": evaluation(9, 8.0)})

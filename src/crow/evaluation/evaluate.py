@@ -302,6 +302,8 @@ def evaluate(
     )
     if opened is not None:
         nll = answer_nll(opened.model, opened.tokenizer, clean, on_progress=advance)
+        for answer, (nats, tokens) in zip(on_clean, nll, strict=True):
+            answer |= {"reference_nats": nats, "reference_tokens": tokens}
         result.answer_nats, result.answer_tokens = sum(nats for nats, _ in nll), sum(tokens for _, tokens in nll)
         result.perplexity = perplexity(result.answer_nats, result.answer_tokens)
         result.layer_profile = {
@@ -310,6 +312,8 @@ def evaluate(
         }
         if reference is not None:
             kl = answer_kl(reference.model, opened.model, opened.tokenizer, clean, on_progress=advance)
+            for answer, (nats, _) in zip(on_clean, kl, strict=True):
+                answer["reference_kl_nats"] = nats
             result.reference_kl = sum(nats for nats, _ in kl) / max(sum(tokens for _, tokens in kl), 1)
     return result
 

@@ -8,7 +8,7 @@ from operator import index
 from typing import ClassVar, Self
 
 import numpy as np
-from scipy.stats import binomtest, t
+from scipy.stats import binomtest, bootstrap, t
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,40 @@ def paired(before: Sequence[bool], after: Sequence[bool]) -> Paired:
     differing = only_before + only_after
     p_value = float(binomtest(only_before, differing).pvalue) if differing else 1.0
     return Paired(only_before, only_after, len(pairs), p_value)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio with its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+
+def perplexity_ratio(before: Sequence[float], after: Sequence[float], tokens: Sequence[int]) -> Ratio | None:
+    """The perplexity of one model as a multiple of another's, on the same answers; nothing of fewer than two.
+
+    The interval is the paired bootstrap's (percentiles of 9,999 resamples of the answers, drawn by seed 0).
+
+    Args:
+        before: Nats of each answer under the other model.
+        after: Under the one.
+        tokens: Of each answer.
+    """
+    if len(tokens) < 2:
+        return None
+
+    def ratio(nats: np.ndarray, number: np.ndarray, axis: int = -1) -> np.ndarray:
+        return np.exp(nats.sum(axis=axis) / number.sum(axis=axis))
+
+    sample = (np.subtract(after, before), np.asarray(tokens))
+    found = bootstrap(sample, ratio, paired=True, method="percentile", rng=np.random.default_rng(0))
+    interval = found.confidence_interval
+    return Ratio(float(ratio(*sample)), float(interval.low), float(interval.high))
 
 
 def is_degenerate(answer: str) -> bool:

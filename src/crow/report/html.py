@@ -9,7 +9,7 @@ from crow.report.templates import templates
 
 if TYPE_CHECKING:
     from crow.evaluation.evaluate import Evaluation
-    from crow.evaluation.statistics import Count, Paired
+    from crow.evaluation.statistics import Count, Paired, Ratio
     from crow.purification import PurifyRecord
 
 T = TypeVar("T")
@@ -78,6 +78,7 @@ def render_report(before: "Evaluation", after: "Evaluation", record: "PurifyReco
             after=after,
             record=record,
             paired=_paired(before, after),
+            perplexity=_perplexity_ratio(before, after),
             variants=_by_name(before.variants, after.variants),
             further={
                 **_by_name(before.further_counts(), after.further_counts()),
@@ -149,6 +150,7 @@ def render_comparison(evaluations: "Mapping[str, Evaluation]") -> str:
         for name in ("attack_success", "false_trigger", "degenerate")
     }
     paired = {name: _paired(measured[0], other) for name, other in list(evaluations.items())[1:]}
+    ratios = [None, *(_perplexity_ratio(measured[0], other) for other in measured[1:])]
     return (
         templates()
         .get_template("comparison.html.jinja")
@@ -160,6 +162,7 @@ def render_comparison(evaluations: "Mapping[str, Evaluation]") -> str:
             main=main,
             variants=_by_name(*(e.variants for e in measured)),
             further=_by_name(*(e.further_counts() for e in measured)),
+            ratios=ratios if any(ratios) else [],
             values=_by_name(*(e.further_values() for e in measured)),
             failures=_failures(*measured),
             paired={name: rows for name, rows in paired.items() if rows},
@@ -199,6 +202,18 @@ def _paired(before: "Evaluation", after: "Evaluation") -> "dict[str, Paired]":
         if known and all(a["prompt"] == b["prompt"] for a, b in asked):
             found[name] = paired(*zip(*known, strict=True))
     return found
+
+
+def _perplexity_ratio(before: "Evaluation", after: "Evaluation") -> "Ratio | None":
+    """Of the second to the first; nothing where what each answer contributes is not known, or of other prompts."""
+    from crow.evaluation.statistics import perplexity_ratio
+
+    asked = _asked_both(before, after, "clean")
+    kept = ("prompt", "reference_tokens")
+    if not all("reference_nats" in a and "reference_nats" in b and all(a[k] == b[k] for k in kept) for a, b in asked):
+        return None
+    nats = [(a["reference_nats"], b["reference_nats"], a["reference_tokens"]) for a, b in asked]
+    return perplexity_ratio(*zip(*nats, strict=True)) if nats else None
 
 
 def _sources(before: "Evaluation", after: "Evaluation", record: "PurifyRecord") -> list[dict[str, Any]]:
