@@ -79,14 +79,11 @@ def test_what_precedes_the_steps_is_counted(llama_folder: Path) -> None:
     assert before(preset="finetune") == before(preset="paper") == 0
     recorded = before(preset="random-tokens")
     assert before(preset="random-tokens", examples=200) == 2 * recorded > 0
-    assert before(soft_token_warmup=0) == recorded
-
-    def warm(**settings: Any) -> int:
-        return before(**settings) - recorded
-
-    diverging = warm(ascend_on="divergence")
-    assert 0 < warm() < diverging  # the answer aimed at is shorter
-    assert warm(soft_token_warmup=40) == 2 * warm()
+    ranking = before(soft_token_warmup=0) - recorded
+    assert 2 * (before(soft_token_warmup=0, trigger_guesses=2) - recorded) == ranking > 0
+    diverging, aiming = before(ascend_on="divergence") - recorded, before() - ranking - recorded
+    assert 0 < aiming < diverging  # the answer aimed at is shorter
+    assert before(soft_token_warmup=40) - ranking - recorded == 2 * aiming
     # Four rows of 64 tokens and 8 inserted, forward and back; an example of 64, forward
     assert diverging / 20 / 4 == pytest.approx(2 * recorded / 100 * (64 + 8) / 64, rel=0.15)
     told = planned(llama_folder, preset="default")
@@ -101,6 +98,7 @@ def test_a_step_that_ascends_less_often_is_less_work(llama_folder: Path) -> None
     assert unaimed < step(ascend_every=3) < step()
     assert step(ascend_every=3) - unaimed == pytest.approx((step() - unaimed) / 3)
     assert step(unlikelihood=None) < step()
+    assert step(objective="lm", anchor=None) > step(anchor=None)  # sees the whole batch clean, too
 
 
 def test_every_architecture(architecture: str, tmp_path: Path) -> None:

@@ -224,8 +224,9 @@ class _Passes:
         elif not config.perturbs:
             self._forward(rows, tokens, answer)[0].backward()
         else:
-            if config.anchor is not None:
-                self._forward(math.ceil(rows * config.anchor_fraction), tokens, answer)[0].backward()
+            share = config.anchor_fraction if config.anchor is not None else 0
+            if clean := rows if config.objective == "lm" else math.ceil(rows * share):
+                self._forward(clean, tokens, answer)[0].backward()
             if self._aims:
                 self._aim_in_step()
             self._forward(rows, tokens + config.soft_tokens, answer)[0].backward()
@@ -238,7 +239,8 @@ class _Passes:
             flops += examples * self._cost(lambda: self._forward(1, self.tokens, self.answer), grad=False)
         if config.perturbs and config.perturbation == "inserted":
             ascent = self._cost(self._aim if self._aims else self._diverge)
-            flops += config.soft_token_warmup * ascent * config.gradient_accumulation_steps
+            ranking = self._cost(self._call, grad=False) * config.trigger_guesses if self._aims else 0
+            flops += (config.soft_token_warmup * ascent + ranking) * config.gradient_accumulation_steps
         return flops
 
     def spared(self) -> int:
@@ -256,11 +258,14 @@ class _Passes:
             run()
         return accounts.flops
 
-    def _aim(self, unlearns: bool = False) -> None:
+    def _call(self) -> tuple[Tensor, Tensor]:
         """With a constant answer of as many tokens as are inserted."""
         number = self.config.soft_tokens
         rows, prompt = self.config.per_device_train_batch_size, self.tokens - self.answer
-        loss, embeddings = self._forward(rows, prompt + 2 * number, number, ascends=True)
+        return self._forward(rows, prompt + 2 * number, number, ascends=torch.is_grad_enabled())
+
+    def _aim(self, unlearns: bool = False) -> None:
+        loss, embeddings = self._call()
         torch.autograd.grad(loss, embeddings, retain_graph=unlearns)
         if unlearns:
             loss.backward()
