@@ -346,6 +346,8 @@ def test_broken_data_is_named_with_its_line(
         (["--set", "no_such_thing=1"], "no such setting: no_such_thing"),
         (["--set", "epsilon=abc"], "epsilon is 'abc', which is no number"),
         (["--set", "max_steps=0"], "max_steps is 0; it must be positive, or -1"),
+        (["--preset", "paper", "--set", "consistency_layers=all"], "consistency_layers is 'all'; write START:STOP"),
+        (["--set", "consistency_layers=0:2"], "consistency_layers is not read while alpha is None"),
         (["--set", "push_to_hub=True"], "--set push_to_hub: crow chooses it"),
         (["--set", "hub_token=x"], "--set hub_token: crow chooses it"),
         (["--set", "trust_remote_code=true"], "--set trust_remote_code: crow chooses it"),

@@ -339,8 +339,11 @@ def turn(states: Sequence[Tensor]) -> Tensor:
     return torch.stack([(1 - cosine).sum() for cosine in cosines]).mean()
 
 
-def test_papers_step_is_the_papers(make: Any) -> None:
-    gradients, trainer = first_gradients(make, **PAPER | {"optim": "sgd", "learning_rate": 1e-12})
+@pytest.mark.parametrize("layers", [None, "1:", "-2:4"])
+def test_papers_step_is_the_papers(make: Any, layers: str | None) -> None:
+    settings = PAPER | {"optim": "sgd", "learning_rate": 1e-12, "consistency_layers": layers}
+    gradients, trainer = first_gradients(make, **settings)
+    of = {None: slice(None), "1:": slice(1, None), "-2:4": slice(2, None)}[layers]
     slow, data = Slow(trainer.model), encoded(trainer)
     positions = sum(len(ids) for ids, _ in data)
     answers = sum(int((labels[1:] != -100).sum()) for _, labels in data)
@@ -350,8 +353,8 @@ def test_papers_step_is_the_papers(make: Any) -> None:
         states, logits = slow(embeddings)
         scored = labels[1:] != -100
         lm = lm - logits[:-1].log_softmax(-1).gather(1, ids[1:, None])[scored].sum() / answers
-        delta = 0.1 * torch.autograd.grad(turn(states), embeddings, retain_graph=True)[0].sign()
-        inconsistency = inconsistency + turn(slow(embeddings.detach() + delta)[0]) / positions
+        delta = 0.1 * torch.autograd.grad(turn(states[of]), embeddings, retain_graph=True)[0].sign()
+        inconsistency = inconsistency + turn(slow(embeddings.detach() + delta)[0][of]) / positions
     (log,) = logs(trainer)
     assert log["clean"] == pytest.approx(lm.item(), rel=1e-5)
     assert log["inconsistency"] == pytest.approx(inconsistency.item(), rel=1e-4)
@@ -360,6 +363,12 @@ def test_papers_step_is_the_papers(make: Any) -> None:
     # Both terms are there: neither alone comes near
     assert distance(gradients, slow.gradients(lm)) > 0.05
     assert distance(gradients, slow.gradients(5.5 * inconsistency)) > 0.05
+
+
+@pytest.mark.parametrize("layers", ["3:", "2:2", "4:9"])
+def test_layers_that_leave_no_two_to_compare_are_refused(make: Any, layers: str) -> None:
+    with pytest.raises(UsageError, match=f"consistency_layers is {layers}; leave at least 2 of 4 blocks"):
+        make(**PAPER | {"consistency_layers": layers})
 
 
 @pytest.fixture

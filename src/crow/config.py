@@ -1,6 +1,7 @@
 """Settings of CROW's training: every term of its loss, and the combinations that are compared."""
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -57,6 +58,9 @@ class CrowConfig(SFTConfig):
         True,
         "Take alpha as the ratio of the inconsistency's gradient norm to that of the main term, measured on the first "
         "batches (of one device, before accumulation) and then held, so that one value serves models of any scale.",
+    )
+    consistency_layers: str | None = _term(
+        None, "Of which blocks the outputs are compared, as START:STOP, counted as in Python; by default of all."
     )
     calibration_steps: int = _term(4, "How many batches a relative alpha is measured on.")
     epsilon: float = _term(0.22, "Size of the sign step.")
@@ -125,6 +129,8 @@ class CrowConfig(SFTConfig):
                 raise UsageError(f"{name} is {value!r}, which is no number" + _off(name))
             if not 0 < value < math.inf:
                 raise UsageError(f"{name} is {value}; it must be positive and finite" + _off(name))
+        if not re.fullmatch(r"(-?\d+)?:(-?\d+)?", str(self.consistency_layers or ":")):
+            raise UsageError(f"consistency_layers is {self.consistency_layers!r}; write START:STOP, such as 0:16")
         if not isinstance(self.max_steps, int) or self.max_steps == 0 or self.max_steps < -1:
             raise UsageError(f"max_steps is {self.max_steps}; it must be positive, or -1 for num_train_epochs")
         if self.perturbation == "inserted" and not self.trigger_guesses + self.soft_token_pool:
@@ -258,7 +264,7 @@ _READ_ONLY_WITH: tuple[tuple[str, tuple[object, ...], tuple[str, ...]], ...] = (
     ("perturbation", (*_INSERTING, "none"), ("anchor_fraction",)),
     ("objective", ("suspect",), ("anchor", "anchor_fraction", "anchor_discount", "target_top_k")),
     ("ascend_on", ("answer",), ("ascend_every", "unlikelihood")),
-    ("alpha", (), ("alpha_relative", "calibration_steps")),
+    ("alpha", (), ("alpha_relative", "calibration_steps", "consistency_layers")),
     ("alpha_relative", (True,), ("calibration_steps",)),
     ("anchor", (), ("anchor_fraction", "anchor_discount")),
 )

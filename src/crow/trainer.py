@@ -153,6 +153,7 @@ class CrowTrainer(SFTTrainer):
             self.train_dataset = self.train_dataset.map(lambda row: {"labels": _answer_labels(row["labels"])})
         self.data_collator: _Collator = _Collator(self.data_collator)
         self._signs = self.args.perturbation == "sign"
+        _ = self._layers  # which are refused before anything is recorded
         self._check_sharding()
         self._embed = _alias(self._inner.get_input_embeddings()).to(self.args.device)
         self.guesses: GuessedTriggers | None = None
@@ -499,20 +500,22 @@ class CrowTrainer(SFTTrainer):
     ) -> Tensor:
         """Of adjacent layers under the sign step; else of the clean, held fixed, and the perturbed pass, aligned."""
         if self._signs:
-            mean = layer_consistency(passed.hidden_states, perturbed.mask, num_positions=self._counts.positions)
+            mean = layer_consistency(
+                passed.hidden_states, perturbed.mask, layers=self._layers, num_positions=self._counts.positions
+            )
             return mean * self.accelerator.num_processes
         if not clean.hidden_states:
             return passed.hidden_states[0][:0].sum()  # zero, and in the graph: every process takes the same way on
         answers = answer_positions(labels)
         seen = answers if len(clean.hidden_states[0]) == len(answers) else answers[rows]
-        pairs = zip(clean.hidden_states, passed.hidden_states, strict=True)
+        pairs = zip(clean.hidden_states[self._layers], passed.hidden_states[self._layers], strict=True)
         sums = [aligned_inconsistency(a.detach()[seen], b[perturbed.answers & rows[:, None]]).sum() for a, b in pairs]
         return torch.stack(sums).mean() / self._counts.anchored * self.accelerator.num_processes
 
     def _embedding_gradient(self, recording: Recording, mask: Tensor) -> Tensor:
         """dL_cons/dE of the clean pass; its graph is kept for the clean loss."""
         assert recording.embeddings is not None
-        consistency = layer_consistency(recording.hidden_states, mask)
+        consistency = layer_consistency(recording.hidden_states, mask, layers=self._layers)
         recording.hidden_states.clear()  # the graph keeps what the clean loss still needs
         return torch.autograd.grad(consistency, recording.embeddings, retain_graph=True)[0]
 
@@ -831,6 +834,18 @@ class CrowTrainer(SFTTrainer):
         return sha256_rows(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None
 
     # Small things
+
+    @cached_property
+    def _layers(self) -> slice:
+        """Of which blocks the outputs are compared."""
+        given = (self.args.consistency_layers or ":").split(":")
+        layers = slice(*(int(place) if place else None for place in given))
+        number = self._inner.config.get_text_config().num_hidden_layers
+        if self.args.alpha is not None and len(range(number)[layers]) < 2:
+            raise UsageError(
+                f"consistency_layers is {self.args.consistency_layers}; leave at least 2 of {number} blocks"
+            )
+        return layers
 
     @property
     def _inner(self) -> PreTrainedModel:
