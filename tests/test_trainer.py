@@ -28,7 +28,8 @@ from crow.errors import CrowError, UsageError
 from crow.hooks import Recording
 from crow.models import lora_config, open_model
 from crow.perturbation import GuessedTriggers, SoftTokens
-from crow.trainer import CrowTrainer, user_span
+from crow.rows import user_span
+from crow.trainer import CrowTrainer
 
 Gradients = dict[str, Tensor]
 

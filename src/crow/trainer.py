@@ -1,10 +1,8 @@
 """CROW as a Hugging Face trainer: `SFTTrainer` with a perturbed pass in its step."""
 
 import copy
-import hashlib
-import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import astuple, dataclass
 from functools import cached_property
@@ -38,7 +36,17 @@ from crow.perturbation import (
     root_mean_square,
     sign_step,
 )
-from crow.prefix import common_prefix
+from crow.rows import (
+    EXTRA_COLUMNS,
+    Collator,
+    GroupedSampler,
+    answer_labels,
+    checked_user_span,
+    generator_of,
+    numbered,
+    prompt_ends,
+    prompt_span,
+)
 
 STATE_FILE = "crow_state.pt"
 
@@ -73,58 +81,17 @@ class _Counts:
     rows: Tensor
 
 
-class _Collator:
-    """The trainer's own collator; beside its batch go the columns that the perturbed pass needs."""
-
-    def __init__(self, inner: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
-        self.inner = inner
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = self.inner([{k: v for k, v in row.items() if k not in _EXTRA_COLUMNS} for row in rows])
-        for column in _EXTRA_COLUMNS:
-            if column in rows[0]:
-                batch[column] = torch.tensor([row[column] for row in rows])
-        return batch
-
-
 _SCANNED_PROMPTS = 8  # on which constant answers are looked for
 _COMPARABLE = 0.9  # answers less constant than this share of the most constant one are not aimed at
 _EMBEDDING_SAMPLE = 4096  # tokens that the scale of real embeddings is measured on
 _SMALLEST_COUNT = 1e-6  # so that a term over nothing is 0 and not 0 / 0
 
-_EXTRA_COLUMNS = ("user_span", "example_id")
-
 _ANCHORED, _PERTURBED, _AIMED, _RANKED = range(4)  # what rows' draws are for
-
-
-def _generator(*numbers: int) -> torch.Generator:
-    """Randomness that depends on these alone, whatever was drawn before."""
-    digest = hashlib.sha256(repr(numbers).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8]))
 
 
 def _drawn(draws: Tensor, number: Tensor | int) -> Tensor:
     """Integers from 0 to below `number`, from uniform draws."""
     return (draws * number).long().clamp(max=number - 1)  # a draw near 1 may be rounded up
-
-
-class _GroupedSampler(LengthGroupedSampler):
-    """Groups what all processes see in a step, in an order that depends on the seed and the epoch alone.
-
-    So a resumed epoch goes on as it began, and several processes see together what one would have seen.
-    """
-
-    def __init__(self, sampler: LengthGroupedSampler, seed: int, processes: int) -> None:
-        super().__init__(sampler.batch_size * processes, lengths=sampler.lengths)
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        self.generator = _generator(self.seed, self.epoch)
-        return super().__iter__()
 
 
 class CrowTrainer(SFTTrainer):
@@ -148,10 +115,10 @@ class CrowTrainer(SFTTrainer):
             model = opened.model
             kwargs.setdefault("processing_class", opened.tokenizer)
         super().__init__(model, args if args is not None else CrowConfig(), **kwargs)
-        self.train_dataset: Any = _numbered(self.train_dataset)
+        self.train_dataset: Any = numbered(self.train_dataset)
         if self.args.inserts and self.train_dataset is not None:
-            self.train_dataset = self.train_dataset.map(lambda row: {"labels": _answer_labels(row["labels"])})
-        self.data_collator: _Collator = _Collator(self.data_collator)
+            self.train_dataset = self.train_dataset.map(lambda row: {"labels": answer_labels(row["labels"])})
+        self.data_collator: Collator = Collator(self.data_collator)
         self._signs = self.args.perturbation == "sign"
         _ = self._layers  # which are refused before anything is recorded
         self._check_sharding()
@@ -216,10 +183,10 @@ class CrowTrainer(SFTTrainer):
         if "user_span" not in first and isinstance(first.get("prompt"), list):
             if isinstance(dataset, Dataset):
                 rows = range(len(dataset))
-                spans = tokenized(processing_class, lambda i: _tokenize(processing_class, dataset[i]), rows)
+                spans = tokenized(processing_class, lambda i: checked_user_span(processing_class, dataset[i]), rows)
                 dataset = dataset.add_column("user_span", spans)
             else:
-                dataset = dataset.map(lambda row: {"user_span": _tokenize(processing_class, row)})
+                dataset = dataset.map(lambda row: {"user_span": checked_user_span(processing_class, row)})
         dataset = super()._prepare_dataset(dataset, processing_class, *args, **kwargs)
         if isinstance(dataset, Dataset) and len(dataset) == 0:
             raise UsageError("no example is left after truncation: raise max_length, or give shorter prompts")
@@ -228,7 +195,7 @@ class CrowTrainer(SFTTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         assert self._signature_columns is not None
-        self._signature_columns += [c for c in _EXTRA_COLUMNS if c not in self._signature_columns]
+        self._signature_columns += [c for c in EXTRA_COLUMNS if c not in self._signature_columns]
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         batches, num_items = super().get_batch_samples(*args, **kwargs)
@@ -269,7 +236,7 @@ class CrowTrainer(SFTTrainer):
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, LengthGroupedSampler):
             seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-            return _GroupedSampler(sampler, seed, self.accelerator.num_processes)
+            return GroupedSampler(sampler, seed, self.accelerator.num_processes)
         return sampler
 
     # The step
@@ -278,7 +245,7 @@ class CrowTrainer(SFTTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         batch = inputs
-        inputs = {name: value for name, value in batch.items() if name not in (*_EXTRA_COLUMNS, "anchored")}
+        inputs = {name: value for name, value in batch.items() if name not in (*EXTRA_COLUMNS, "anchored")}
         if not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if num_items_in_batch is None:
@@ -381,7 +348,7 @@ class CrowTrainer(SFTTrainer):
         """
         if "example_id" not in batch:
             return torch.rand(len(batch["labels"]), number)
-        generators = [_generator(self.args.seed, self._moment, use, i) for i in batch["example_id"].tolist()]
+        generators = [generator_of(self.args.seed, self._moment, use, i) for i in batch["example_id"].tolist()]
         return torch.stack([torch.rand(number, generator=each) for each in generators])
 
     @property
@@ -417,7 +384,7 @@ class CrowTrainer(SFTTrainer):
     def _places(self, batch: dict[str, Any], draws: Tensor) -> Tensor:
         """Where in each row tokens are inserted, `(rows,)`, by two draws: in front, or anywhere in the user's turn."""
         spans = batch.get("user_span")
-        spans = _prompt_span(batch["labels"], batch["attention_mask"]) if spans is None else spans
+        spans = prompt_span(batch["labels"], batch["attention_mask"]) if spans is None else spans
         start, end = spans.clamp(max=batch["input_ids"].shape[1]).unbind(1)
         in_front, anywhere = draws.to(start.device).unbind(1)
         return torch.where(in_front < self.args.front_fraction, start, start + _drawn(anywhere, end - start + 1))
@@ -646,7 +613,7 @@ class CrowTrainer(SFTTrainer):
     def _answered(inputs: dict[str, Any], answers: list[Tensor]) -> _Answered:
         """Each row's prompt with another answer."""
         rows, scored = [], []
-        ends = _prompt_ends(inputs["labels"], inputs["attention_mask"]).tolist()
+        ends = prompt_ends(inputs["labels"], inputs["attention_mask"]).tolist()
         for ids, end, answer in zip(inputs["input_ids"], ends, answers, strict=True):
             rows.append(torch.cat([ids[:end], answer]))
             scored.append(torch.arange(len(rows[-1]), device=ids.device) >= end - 1)
@@ -657,10 +624,10 @@ class CrowTrainer(SFTTrainer):
 
     def _find_constant_answers(self, first: Tensor | None) -> None:
         """Find what to aim at; where nothing stands out, ascent on D may come upon what an attacker has hidden."""
-        order = torch.randperm(len(self.train_dataset), generator=_generator(self.args.seed, 0))
+        order = torch.randperm(len(self.train_dataset), generator=generator_of(self.args.seed, 0))
         rows = [self.train_dataset[i] for i in order[:_SCANNED_PROMPTS].tolist()]
         batch = self._prepare_inputs(self.data_collator(rows))
-        ends = _prompt_ends(batch["labels"], batch["attention_mask"]).tolist()
+        ends = prompt_ends(batch["labels"], batch["attention_mask"]).tolist()
         prompts = [ids[:end].tolist() for ids, end in zip(batch["input_ids"], ends, strict=True)]
         self.model.eval()
         with self.compute_loss_context_manager():
@@ -875,68 +842,7 @@ def _alias(embed: nn.Module) -> Any:
     return copy.deepcopy(embed, {name: nn.Parameter(whole, requires_grad=False) for name, whole in weights.items()})
 
 
-def _numbered(data: Any) -> Any:
-    """The data set with each row's number, whatever it may hold under that name; a stream as it is."""
-    if not isinstance(data, Dataset):
-        return data
-    own = [name for name in data.column_names if name == "example_id"]
-    return data.remove_columns(own).add_column("example_id", list(range(len(data))))
-
-
-def _answer_labels(labels: list[int]) -> list[int]:
-    """A text that is labeled from its first token on has its first half as prompt: else D, which weighs an answer's
-    beginning most, would weigh what stands before the inserted tokens, and cannot see them."""
-    prompt = len(labels) // 2 if labels and labels[0] != -100 else 0
-    return [-100] * prompt + labels[prompt:]
-
-
 def last_checkpoint(folder: str | Path) -> str | None:
     """The newest checkpoint there that was written to its end; a training that was killed may have left another."""
     whole = [file.parent for file in Path(folder).glob(f"checkpoint-*/{STATE_FILE}")]
     return str(max(whole, key=lambda place: int(place.name.rpartition("-")[2]))) if whole else None
-
-
-def _rendering(row: dict[str, Any]) -> dict[str, Any]:
-    """What the parent gives to the chat template beside a row's messages."""
-    tools = row.get("tools")
-    return {"tools": json.loads(tools) if isinstance(tools, str) else tools, **(row.get("chat_template_kwargs") or {})}
-
-
-def _tokenize(tokenizer: Any, row: dict[str, Any]) -> list[int]:
-    """A row's `user_span`; before that what the parent will make of it, to see whether that comes to an end."""
-    tokenizer.apply_chat_template([*row["prompt"], *row["completion"]], **_rendering(row))
-    return user_span(tokenizer, row["prompt"], **_rendering(row))
-
-
-def user_span(tokenizer: Any, prompt: list[dict[str, str]], **rendering: Any) -> list[int]:
-    """Where the last user message lies in the tokenized prompt: tokens may be inserted from `start` to `end`.
-
-    Found by rendering the prompt once more with another message in its place, so it holds for any chat template, with
-    whatever it is given beside the messages. The prompt's last token stays last: the answer is predicted from it.
-    """
-    last = max(i for i, message in enumerate(prompt) if message["role"] == "user")
-    placeholder = "#" if prompt[last]["content"].startswith("~") else "~"
-    other = [{**message, "content": placeholder} if i == last else message for i, message in enumerate(prompt)]
-    real, changed = (
-        tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, **rendering)["input_ids"]
-        for messages in (prompt, other)
-    )
-    start = len(common_prefix([real, changed]))
-    room = min(len(real), len(changed)) - start
-    end = len(real) - min(len(common_prefix([real[::-1], changed[::-1]])), room)
-    return [min(place, len(real) - 1) for place in (start, end)]
-
-
-def _prompt_ends(labels: Tensor, attention_mask: Tensor) -> Tensor:
-    """`(batch,)`: where each row's answer begins; half of the row where all of it is labeled, as for the sign step."""
-    first = (labels != -100).int().argmax(dim=1)
-    return torch.where(first > 0, first, attention_mask.sum(dim=1) // 2).clamp(min=1)
-
-
-def _prompt_span(labels: Tensor, attention_mask: Tensor) -> Tensor:
-    """`(batch, 2)`: where in each row's prompt tokens may be inserted, if nothing else is known of it.
-
-    Its last token stays last, since the answer's first token is predicted from it.
-    """
-    end = _prompt_ends(labels, attention_mask) - 1
-    return torch.stack([end.clamp(max=1), end], dim=1)
