@@ -39,6 +39,7 @@ import crow.trainer
 from crow.data import answer_text, load_examples, user_text
 from crow.files import Journal, write_json
 from crow.models import open_model
+from crow.provenance import environment
 from crow.trainer import CrowTrainer, last_checkpoint
 
 SAME = 1e-6
@@ -477,7 +478,8 @@ def main() -> None:
         reports.append(report)
         if args.json is not None:
             kills = sum(report.disturbed for report in reports if report.what == "SIGKILL")
-            write_json(args.json, {"seed": args.seed, "kills": kills, "reports": [vars(report) for report in reports]})
+            found = {"seed": args.seed, "kills": kills, "reports": [vars(report) for report in reports]}
+            write_json(args.json, found | {"provenance": environment()})
 
     with TemporaryDirectory() as scratch:
         folder, rng = Path(scratch), random.Random(args.seed)
