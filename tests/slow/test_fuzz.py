@@ -33,6 +33,8 @@ from crow.inspection import tokenized
 from crow.models import OpenedModel, open_model
 from crow.report import render_comparison
 
+PROJECT = Path(__file__).parents[2]
+
 SECONDS = 30
 """What one case may take at most."""
 
@@ -77,6 +79,7 @@ def case(kind: str, place: Path) -> Iterator[None]:
     """Success, or an error of ours, in time and within the place."""
     cases[kind] += 1
     written.clear()
+    around = _around(place)
     before = signal.signal(signal.SIGALRM, _hang)
     signal.alarm(SECONDS)
     told = "it was read"
@@ -90,6 +93,12 @@ def case(kind: str, place: Path) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
     assert told
     assert [path for path in written if not path.startswith((f"{place}/", "/dev/null"))] == []
+    assert _around(place) == around
+
+
+def _around(place: Path) -> list[list[str]]:
+    """What lies where a write would go astray, by a process of its own too, whose files the audit does not see."""
+    return [sorted(os.listdir(folder)) for folder in (place.parent, Path.home(), PROJECT, Path("/"))]
 
 
 def fuzz(number: int) -> Callable[[Any], Any]:
