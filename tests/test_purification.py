@@ -282,7 +282,7 @@ def test_what_is_said_not_to_be_read_changes_nothing(
 ) -> None:
     own = {f.name: f.default for f in fields(CrowConfig) if f.name in CrowConfig.__annotations__}
     other = {name: not value if isinstance(value, bool) else 1 for name, value in own.items()}
-    other |= {"ascend_on": "divergence"}
+    other |= {"ascend_on": "divergence", "consistency_layers": "1:"}
     del other["perturbation"], other["objective"]
     changed = {name: value for name, value in other.items() if name in unread(PRESETS[preset] | {name: value})}
 

@@ -959,9 +959,11 @@ def test_resumed_training_ends_as_uninterrupted(
 
 
 def test_what_zero3_cannot_do_is_refused(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(CrowTrainer, "_shards", True)
+        with pytest.raises(UsageError, match="relative alpha is measured on whole gradients"):
+            make(**PRESETS["paper-scale-free"])
     monkeypatch.setattr("crow.trainer.is_deepspeed_zero3_enabled", lambda: True)
-    with pytest.raises(UsageError, match="relative alpha is measured on whole gradients"):
-        make(**PRESETS["paper-scale-free"])
     with pytest.raises(UsageError, match="use FSDP or ZeRO-2"):
         make(**PAPER)
 

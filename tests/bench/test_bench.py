@@ -106,13 +106,16 @@ def test_the_table_holds_what_was_measured(done: Path) -> None:
         assert int(row["attack_success_hits"]) == sum(answer["hit"] for answer in hot)
         assert int(row["attack_success_n"]) == len(hot) == 8
         assert float(row["attack_success_low"]) <= 0.01
-        assert float(row["perplexity"]) > 1
-        assert float(row["reference_kl"]) >= 0
+        if row["defense"] == "decode":
+            assert row["perplexity"] == row["reference_kl"] == ""
+        else:
+            assert float(row["perplexity"]) > 1
+            assert float(row["reference_kl"]) >= 0
         assert (float(row["seconds"] or 0) > 0) == (row["defense"] not in ("none", "decode"))
     clean = next(row for row in rows if row["attack"] == "no backdoor" and row["defense"] == "none")
     assert float(clean["reference_kl"]) == pytest.approx(0, abs=1e-6)
     markdown = (done / "leaderboard.md").read_text()
-    assert "| crow | clean examples | 0/8 (0.0 to 32.4%) |" in markdown
+    assert "| crow | clean examples | 0.0% | 0.0% | 0/8 (0.0 to 32.4%) |" in markdown
     assert "after 2 poisoned examples" in markdown
 
 
