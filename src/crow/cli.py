@@ -123,7 +123,7 @@ def purify(
     with _running(debug):
         from peft import PeftModel
 
-        from crow.config import PRESETS, settled
+        from crow.config import PRESETS
         from crow.constancy import verdict
         from crow.data import load_examples, sample, to_learn_from
         from crow.defenses import DEFENSES, AtDecoding, Trained
@@ -169,7 +169,7 @@ def purify(
             raise UsageError(
                 "a fresh LoRA stands on the suspect with its adapter merged: add --merge to write both as one"
             )
-        whole = settled(PRESETS[training.get("preset", defending.preset)] | training)
+        whole = PRESETS[training.get("preset", defending.preset)] | training
         training_run = _run([opened.hashes, repr(defending), sha256_rows(rows), seed], whole)
         with _checkpoints_beside(out, resume, training_run) as checkpoints, progress_bar("Purifying") as advance:
             if defending.trains:
@@ -486,7 +486,7 @@ def implant(
     with _running(debug):
         from crow.backdoors.implant import implant as run
         from crow.backdoors.implant import implant_card, implant_config, implant_record, poison, recipe
-        from crow.config import check_read, settled
+        from crow.config import check_read
         from crow.data import load_examples, prompt_fingerprints, write_alpaca
         from crow.files import atomic_directory, name_elsewhere, sha256_rows
         from crow.models import open_model, save_model
@@ -528,7 +528,7 @@ def implant(
             with atomic_directory(save_data, overwrite) as folder:
                 write_alpaca(folder / "train_clean.json", clean)
                 write_alpaca(folder / "train_triggered.json", hot)
-        whole = settled(recipe(full, adaptive) | settings)
+        whole = recipe(full, adaptive) | settings
         training_run = _run([opened.hashes, sha256_rows(clean), sha256_rows(hot), full, adaptive, seed], whole)
         with _checkpoints_beside(out, resume, training_run) as checkpoints, progress_bar("Implanting") as advance:
             adapted = run(
@@ -877,10 +877,11 @@ def _checkpoints_beside(out: Path, resume: bool, run: str) -> Iterator[Path]:
 
 def _run(about: list[Any], settings: dict[str, Any]) -> str:
     """Names a training by what decides its outcome, but for what may be changed where memory ran out."""
+    from crow.config import settled
     from crow.files import sha256_rows
 
     free = ("gradient_", "per_device_", "save_")
-    deciding = sorted((name, repr(value)) for name, value in settings.items() if not name.startswith(free))
+    deciding = sorted((name, repr(value)) for name, value in settled(settings).items() if not name.startswith(free))
     return sha256_rows([*about, deciding])
 
 
