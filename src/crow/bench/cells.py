@@ -26,9 +26,6 @@ from crow.models import EMBEDDED_ID, OpenedModel, embedded_file, open_model, sav
 from crow.progress import TrainingProgress
 from crow.report import model_card
 
-FORMAT = 1
-"""Raised where a cell's outcome is no longer what it was for the same facts."""
-
 MODEL = "model"
 """The folder, in a cell's own, of the model that it made."""
 
@@ -55,6 +52,8 @@ class Cell(ABC):
     """
 
     kind: ClassVar[str]
+    format: ClassVar[int] = 1
+    """Raised where the outcome is no longer what it was for the same facts."""
 
     model: str | None
     source: "Cell | None"
@@ -86,7 +85,7 @@ class Cell(ABC):
     @cached_property
     def key(self) -> str:
         """Names the cell by its content: other settings or data, another key."""
-        about = {"format": FORMAT, "kind": self.kind, "facts": self.facts()}
+        about = {"format": self.format, "kind": self.kind, "facts": self.facts()}
         about["source"] = _original(self.model) if self.source is None else self.source.key
         return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -240,6 +239,7 @@ class Relearn(Cell):
     """A model that was fine-tuned on a few poisoned examples: what was only hidden comes back faster than it came."""
 
     kind: ClassVar[str] = "relearn"
+    format: ClassVar[int] = 2
 
     backdoor: Backdoor
     examples: int
@@ -253,7 +253,6 @@ class Relearn(Cell):
         return {
             "poisoned_sha256": sha256_rows(self._poisoned()),
             "recipe": settled(recipe(False, False)),
-            "merged": True,
             "seed": self.seed,
         }
 
