@@ -585,6 +585,14 @@ def bench(
     model: Annotated[
         list[str] | None, typer.Option(help="Use this model in place of CONFIG's. Can be repeated.")
     ] = None,
+    attack: Annotated[
+        list[str] | None,
+        typer.Option(help="Of CONFIG's attacks this one alone, or such ones: 'badnets/*'. Can be repeated."),
+    ] = None,
+    defense: Annotated[
+        list[str] | None, typer.Option(help="Of CONFIG's defenses this one alone, or such ones. Can be repeated.")
+    ] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Of CONFIG's seeds this one alone. Can be repeated.")] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Say what would be run and about how long it takes.")] = False,
     report: Annotated[
         bool, typer.Option("--report", help="Make the leaderboard of what is finished, and run nothing.")
@@ -605,7 +613,7 @@ def bench(
         from crow.bench.store import Store
         from crow.report.leaderboard import write_leaderboard
 
-        matrix = Matrix.load(config)
+        matrix = Matrix.load(config).part(attack, defense, seed)
         if model:
             matrix = replace(matrix, models=tuple(dict.fromkeys(model)))
         folder = out if out is not None else Path("runs") / Path(config).stem

@@ -45,6 +45,33 @@ def test_the_embedded_model_s_matrix_has_the_paper_s_eleven_attacks() -> None:
     assert replace(Matrix.load("beyond"), attacks=plain) == Matrix.load("smollm2")
 
 
+def test_a_part_of_a_matrix_is_named_as_its_tables_name_it() -> None:
+    whole = Matrix.load("smollm2")
+    part = whole.part(attacks=["badnets/*", "mtba/sentiment"], defenses=["none", "prune:*", "crow"], seeds=[0])
+    assert [attack.label for attack in part.attacks] == [
+        "badnets/sentiment",
+        "mtba/sentiment",
+        "badnets/refusal, 50% poisoned",
+    ]
+    assert [d.label for d in part.defenses] == ["none", "crow", "prune:method=magnitude", "prune:method=wanda"]
+    assert part.seeds == (0,)
+    assert {e.measure.key for e in entries(part)} < {e.measure.key for e in entries(whole)}
+    assert whole.part() == whole
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"attacks": ["badnets/sentiment", "vpi/*"]}, "no attack 'vpi/.' in the matrix; there are badnets/sentiment$"),
+        ({"defenses": ["cro"]}, "no defense 'cro' in the matrix; there are none; crow; prune; decode"),
+        ({"seeds": [1]}, "no seed '1' in the matrix; there are 0"),
+    ],
+)
+def test_what_a_matrix_does_not_hold_is_named(part: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Matrix.read(SMALL).part(**part)
+
+
 def test_what_cells_share_is_run_once() -> None:
     kinds = [cell.kind for cell in cells()]
     assert kinds == ["implant", "measure", "defend", "measure", "defend", "measure", "measure"]

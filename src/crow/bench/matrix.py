@@ -1,10 +1,11 @@
 """What is to be compared: a YAML file that names models, attacks, defenses and seeds."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from fnmatch import fnmatchcase
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -249,6 +250,24 @@ class Matrix:
         matrix.check_settings()
         return matrix
 
+    def part(
+        self,
+        attacks: Sequence[str] | None = None,
+        defenses: Sequence[str] | None = None,
+        seeds: Sequence[int] | None = None,
+    ) -> "Matrix":
+        """The attacks and the defenses whose labels are among these names or shell patterns, and these of its seeds.
+
+        Raises:
+            UsageError: there is none of a name; the message lists the known ones.
+        """
+        return replace(
+            self,
+            attacks=_matching("attack", self.attacks, attacks, [attack.label for attack in self.attacks]),
+            defenses=_matching("defense", self.defenses, defenses, [defense.label for defense in self.defenses]),
+            seeds=_matching("seed", self.seeds, [*map(str, seeds or ())], [*map(str, self.seeds)]),
+        )
+
     def check_settings(self) -> None:
         """Raise `UsageError` if a training would refuse its settings."""
         for candidate in self.defenses:
@@ -269,6 +288,22 @@ class Matrix:
                 implant_config("unused", full=attack.full, adaptive=attack.adaptive, **settings)
             except UsageError as error:
                 raise UsageError(f"implant: {error}") from error
+
+
+T = TypeVar("T")
+
+
+def _matching(what: str, entries: tuple[T, ...], wanted: Sequence[str] | None, labels: Sequence[str]) -> tuple[T, ...]:
+    if not wanted:
+        return entries
+    for pattern in wanted:
+        if not any(fnmatchcase(label, pattern) for label in labels):
+            raise UsageError(f"no {what} {pattern!r} in the matrix; there are {'; '.join(labels)}")
+    return tuple(
+        entry
+        for entry, label in zip(entries, labels, strict=True)
+        if any(fnmatchcase(label, pattern) for pattern in wanted)
+    )
 
 
 def _mapping(entry: Any, cls: type, what: str) -> dict[str, Any]:
