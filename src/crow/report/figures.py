@@ -141,7 +141,9 @@ def heat_figure(rates: Mapping[str, Sequence[float | None]], columns: Sequence[s
     """Rates in a grid, by the names of its rows; `None` is left white. `name` tells it from others of a page."""
     columns, labels = [visible(column) for column in columns], [visible(label) for label in rates]
     with _style():
-        figure = Figure(figsize=(_WIDTH, 1.6 + 0.28 * len(rates)), layout="constrained")
+        longest = max(map(len, [*labels, *columns]))
+        size = (1 + 0.07 * longest + 0.45 * len(columns), 0.3 + 0.05 * longest + 0.28 * len(rates))
+        figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
         for y, row in enumerate(rates.values()):
             for x, rate in enumerate(row):
@@ -162,12 +164,22 @@ def heat_figure(rates: Mapping[str, Sequence[float | None]], columns: Sequence[s
 def tradeoff_figure(points: Mapping[str, tuple[float, float]], name: str) -> Markup:
     """For each defense by its name, perplexity as a multiple of the undefended model's, and mean attack success."""
     shown = []
+    labeled = sorted(points.items(), key=lambda point: (point[1][1], point[1][0]), reverse=True)
     with _style():
-        figure = Figure(figsize=(_WIDTH, 3.4), layout="constrained")
+        figure = Figure(figsize=(1.6 * _WIDTH, 1 + 0.24 * max(len(points), 10)), layout="constrained")
         axes = figure.subplots()
-        for label, (ratio, rate) in points.items():
+        for place, (label, (ratio, rate)) in enumerate(labeled):
             axes.plot(ratio, rate, "o", color=_AFTER, markersize=5, clip_on=False)
-            axes.annotate(visible(label), (ratio, rate), xytext=(5, 4), textcoords="offset points", fontsize=7)
+            # Beside the axes, one below the other: many a point lies upon another
+            axes.annotate(
+                visible(label),
+                (ratio, rate),
+                xytext=(1.1, 1 - (place + 0.5) / len(points)),
+                textcoords="axes fraction",
+                va="center",
+                fontsize=8,
+                arrowprops={"arrowstyle": "-", "color": _LINE, "relpos": (0, 0.5)},
+            )
             shown.append(f"{visible(label)} {100 * rate:.0f}% at {ratio:.2f}")
         axes.set(xlabel="perplexity, of the undefended model's", ylabel="attack success", ylim=(0, 1.02))
         axes.yaxis.set_major_formatter(PercentFormatter(1))
