@@ -17,7 +17,7 @@ from trl import TrlParser
 from crow import CrowConfig, CrowTrainer
 from crow.data import load_examples, prompt_fingerprints, sample, to_dataset, to_learn_from
 from crow.errors import UsageError
-from crow.files import check_writable, refuse_existing
+from crow.files import check_writable, refuse_existing, refuse_foreign
 from crow.models import lora_config, open_model, save_model
 from crow.purification import run_record
 from crow.report import model_card
@@ -41,6 +41,7 @@ def main() -> None:
         raise UsageError("--resume_from_checkpoint: the last one is found; give --resume in its place")
     out = Path(config.output_dir).resolve()
     refuse_existing(out, arguments.overwrite)
+    refuse_foreign(out)
     check_writable(out)
     config.output_dir = str(out.with_name(f".{out.name}.checkpoints"))
     checkpoint = last_checkpoint(config.output_dir) if arguments.resume else None
@@ -59,7 +60,7 @@ def main() -> None:
         shutil.rmtree(config.output_dir, ignore_errors=True)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = time.perf_counter() - started
+    seconds = trainer.seconds_before + time.perf_counter() - started
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # by all processes, which may share them out
     if main_process:
         lora = "continue" if opened.kind == "adapter" else "fresh"

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,6 +19,7 @@ from crow.files import (
     Journal,
     atomic_directory,
     refuse_existing,
+    refuse_foreign,
     sha256_file,
     sha256_rows,
     write_json,
@@ -368,6 +370,17 @@ def test_refuse_existing_lets_free_places_pass(tmp_path: Path, occupant: str) ->
     if occupant == "empty directory":
         path.mkdir()
     refuse_existing(path, overwrite=False)
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter_config.json", "config.json", "report.html", "train_clean.json", "mine", None]
+)
+def test_refuse_foreign_lets_what_crow_wrote_pass(tmp_path: Path, name: str | None) -> None:
+    if name is not None:
+        (tmp_path / name).write_text("")
+    with pytest.raises(UsageError, match="crow did not write") if name == "mine" else nullcontext():
+        refuse_foreign(tmp_path)
+    refuse_foreign(tmp_path / "nowhere")
 
 
 def test_refuse_existing_sees_a_dangling_link(tmp_path: Path) -> None:

@@ -20,11 +20,21 @@ _UNFINISHED = ".unfinished"
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
+_WRITTEN = ("adapter_config.json", "config.json", "report.html", "train_clean.json")
+"""One of these lies in every folder that a command of crow writes as a whole."""
+
+
 def refuse_existing(path: Path, overwrite: bool) -> None:
     """Raise `UsageError` if `path` holds something that `overwrite` does not allow to be replaced."""
     occupied = any(path.iterdir()) if path.is_dir() else path.exists() or path.is_symlink()
     if occupied and not overwrite:
         raise UsageError(f"{path} exists already: choose another place or pass --overwrite")
+
+
+def refuse_foreign(path: Path) -> None:
+    """Raise `UsageError` if `path` is a folder of something else, which would be lost with all that it holds."""
+    if path.is_dir() and any(path.iterdir()) and not any((path / name).is_file() for name in _WRITTEN):
+        raise UsageError(f"{path} is a folder that crow did not write, and would be deleted: choose another place")
 
 
 def check_writable(path: Path) -> None:
