@@ -90,6 +90,19 @@ def tiny_config(architecture: str, vocabulary: int, **changes: Any) -> Any:
         "phi": ("PhiConfig", {"num_key_value_heads": 4}),
         "gpt2": ("GPT2Config", {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}),
         "gpt_neox": ("GPTNeoXConfig", {}),
+        "mixtral": ("MixtralConfig", {**grouped, "num_local_experts": 4}),
+        "mamba2": ("Mamba2Config", {"num_heads": 4, "head_dim": 32, "state_size": 16, "n_groups": 1, "chunk_size": 8}),
+        "qwen3_next": (
+            "Qwen3NextConfig",
+            {
+                **grouped,
+                **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
+                **dict.fromkeys(("head_dim", "linear_key_head_dim", "linear_value_head_dim"), 16),
+                **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2),
+                "num_experts": 4,
+                "num_experts_per_tok": 2,
+            },
+        ),
         "opt": ("OPTConfig", {"ffn_dim": 128, "word_embed_proj_dim": 64, "init_std": 0.1, "dropout": 0.0}),
     }
     name, specific = own[architecture]

@@ -193,6 +193,7 @@ def test_an_existing_output_is_not_replaced(run: Run, llama_folder: Path, tmp_pa
     (tmp_path / "out" / "mine").write_text("mine")
     model = () if command == "demo" else (llama_folder,)
     fails(run(command, *model, "--out", "out"), 2, "exists already: choose another place or pass --overwrite")
+    fails(run(command, *model, "--out", "out", "--overwrite"), 2, "out is a folder that crow did not write")
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "mine"]
 
 
@@ -758,7 +759,8 @@ def test_the_card_carries_the_license_on_and_no_path_of_this_machine(
 
 def test_an_output_is_replaced_on_request(run: Run, llama_folder: Path, clean: Path, tmp_path: Path) -> None:
     (tmp_path / "purified").mkdir()
-    (tmp_path / "purified" / "old").write_text("old")
+    for name in ("config.json", "old"):
+        (tmp_path / "purified" / name).write_text("{}")
     result = run("purify", llama_folder, "--clean", clean, *QUICK, "--overwrite")
     assert result.exit_code == 0, result.output
     assert not (tmp_path / "purified" / "old").exists()

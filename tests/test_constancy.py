@@ -23,7 +23,7 @@ def slow_mean(model: Any, beginning: list[int]) -> Tensor:
         ).mean(0)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "mamba2", "qwen3_next"])
 def test_answers_are_those_of_a_search_without_a_cache(architecture: str) -> None:
     torch.manual_seed(0)
     model = tiny_model(architecture, 40).eval()

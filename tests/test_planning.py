@@ -59,6 +59,19 @@ def test_checkpointing_trades_time_for_memory(llama_folder: Path, preset: str) -
     assert again.weight_bytes == kept.weight_bytes
 
 
+def test_a_sign_step_is_paid_for_where_a_term_reads_it(llama_folder: Path) -> None:
+    plans = [
+        planned(llama_folder, preset=preset, **settings).step_flops
+        for preset, settings in (
+            ("finetune", {}),
+            ("paper", {"alpha": None}),
+            ("paper", {}),
+            ("paper", {"beta": 1.0}),
+        )
+    ]
+    assert plans[0] == plans[1] < plans[2] < plans[3]
+
+
 def test_logits_are_paid_for_where_there_are_answers(llama_folder: Path) -> None:
     short, long = (planned(llama_folder, preset="random-tokens", answer_tokens=number) for number in (8, 56))
     assert short.logit_bytes < long.logit_bytes

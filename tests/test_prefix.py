@@ -68,3 +68,11 @@ def test_batches_do_not_write_into_it(tiny_llama: MakeModel) -> None:
         whole = model(torch.tensor([[3, 4, 5], [3, 4, 6]])).logits[:, -1:]
     torch.testing.assert_close(logits[0], logits[1])
     torch.testing.assert_close(logits[0], whole)
+
+
+@pytest.mark.parametrize("architecture", ["mamba2", "qwen3_next"])
+def test_a_recurrent_state_has_none(architecture: str, tokenizer: PreTrainedTokenizerFast, rows: list[Example]) -> None:
+    model = tiny_model(architecture, len(tokenizer)).eval()
+    assert SharedPrefix(model, [prompt_ids(tokenizer, row["prompt"]) for row in rows]).ids == []
+    alone = [answer_nll(model, tokenizer, [row])[0][0] for row in rows[:4]]
+    assert [nats for nats, _ in answer_nll(model, tokenizer, rows[:4])] == pytest.approx(alone, rel=1e-3)

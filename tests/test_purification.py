@@ -14,8 +14,10 @@ from conftest import MakeModel
 from peft import PeftModel
 from transformers import PreTrainedTokenizerFast
 
+import crow.trainer
 from crow.backdoors import BEHAVIORS
 from crow.config import PRESETS, CrowConfig, unread
+from crow.constancy import ConstantAnswer
 from crow.data import Example, prompt_fingerprints, to_dataset
 from crow.errors import UsageError
 from crow.evaluation.evaluate import evaluate
@@ -104,6 +106,16 @@ def test_the_record_holds_the_curves(done: tuple[PeftModel, PurifyRecord]) -> No
     assert [entry["step"] for entry in record.curves] == [1, 2, 3]
     for entry in record.curves:
         assert entry["loss"] == pytest.approx(entry["clean"] + entry["divergence"], abs=1e-6)
+
+
+def test_constant_answers_are_what_evaluation_finds_in_an_answer(
+    rows: list[Example], llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = open_model(llama_folder)
+    ids = [*opened.tokenizer("Take heart!\n", add_special_tokens=False)["input_ids"], opened.tokenizer.eos_token_id]
+    monkeypatch.setattr(crow.trainer, "constant_answers", lambda *args, **kwargs: [ConstantAnswer(tuple(ids), 0.95)])
+    _, record = purify(opened, clean=rows[:4], max_steps=1, soft_token_warmup=0)
+    assert record.constant_answers == [{"text": "Take heart!", "constancy": 0.95}]
 
 
 def test_the_record_is_json(done: tuple[PeftModel, PurifyRecord]) -> None:
@@ -312,8 +324,12 @@ def test_checkpoints_are_kept_where_asked_and_resumed_from(
     options: dict[str, Any] = {"clean": rows, "learning_rate": 2e-3, "output_dir": tmp_path, "save_steps": 1, **QUICK}
     purify(llama_folder, **options)
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    state = torch.load(tmp_path / "checkpoint-3" / "crow_state.pt", weights_only=True)
+    torch.save(state | {"seconds": 1e6}, tmp_path / "checkpoint-3" / "crow_state.pt")
     resumed, record = purify(llama_folder, resume=True, **options)
     assert record.steps == 3
+    assert record.seconds > 1e6
+    assert 0 < state["seconds"] < 600
     assert [entry["step"] for entry in record.curves] == [1, 2, 3]
     for name, weight in lora(done[0]).items():
         torch.testing.assert_close(lora(resumed)[name], weight, atol=1e-6, rtol=0)

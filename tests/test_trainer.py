@@ -17,7 +17,7 @@ from conftest import MakeModel, scatter_lora, tiny_model
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import AddedToken, PreTrainedTokenizerFast, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 import crow.trainer
@@ -559,8 +559,12 @@ def test_the_best_guesses_come_first_and_stay(make: Any) -> None:
 
 
 def test_guesses_are_words_and_no_special_tokens(make: Any, tokenizer: PreTrainedTokenizerFast) -> None:
-    guesses = make(trigger_guesses=2000).guesses.ids
-    assert not set(tokenizer.all_special_ids) & set(guesses.flatten().tolist())
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens([AddedToken("<|start_header_id|>", special=True)])
+    special = {*tokenizer.all_special_ids, tokenizer.convert_tokens_to_ids("<|start_header_id|>")}
+    model = tiny_model("llama", len(tokenizer) + 8)  # padded, as embeddings are
+    guesses = make(model, trigger_guesses=2000, processing_class=tokenizer).guesses.ids
+    assert not special & set(guesses.flatten().tolist())
     assert guesses.max() < len(tokenizer)
 
 
@@ -1302,6 +1306,7 @@ def test_counts_must_be_whole_numbers(tmp_path: Path, name: str, value: float) -
         ({"anchor_discount": 1.5}, "anchor_discount is 1.5; it must be at most 1"),
         ({"answer_discount": 1.5}, "answer_discount is 1.5; it must be at most 1"),
         ({"packing": True}, "packing"),
+        ({"activation_offloading": True}, "activation_offloading allows one backward a pass"),
         ({"completion_only_loss": False}, "leave completion_only_loss=False out"),
         ({"padding_free": True}, "packing"),
         ({"alpha": 1.0, "beta": None}, "relative alpha is measured against another term"),
@@ -1354,3 +1359,32 @@ def test_a_stream_needs_the_language_models_objective(
     with pytest.raises(UsageError, match="need a data set with a length"):
         trainer().train()
     trainer(**PAPER).train()
+    ascending = trainer(objective="lm", anchor=None, ascend_on="divergence", soft_token_warmup=2)
+    before = ascending.soft_tokens.tokens.detach().clone()
+    ascending.train()
+    assert not torch.equal(ascending.soft_tokens.tokens, before)
+
+
+def test_without_a_launcher_one_of_several_gpus_is_used(
+    rows: list[Example], tokenizer: Any, tiny_llama: MakeModel, tmp_path: Path
+) -> None:
+    config = CrowConfig(output_dir=str(tmp_path), **BASIC)
+    config._n_gpu = 4
+    trainer = CrowTrainer(
+        tiny_llama(), config, train_dataset=to_dataset(rows), processing_class=tokenizer, peft_config=lora_config()
+    )
+    assert trainer.args.n_gpu == 1
+
+
+def test_a_model_that_gives_tokens_to_every_layer_is_only_fine_tuned(make: Any, tiny_llama: MakeModel) -> None:
+    model = tiny_llama(hidden_size_per_layer_input=8)
+    with pytest.raises(UsageError, match="LlamaForCausalLM gives tokens to every layer"):
+        make(model)
+    make(tiny_llama(hidden_size_per_layer_input=8), **FINETUNE)
+
+
+def test_what_is_inserted_must_find_a_place(make: Any, tiny_llama: MakeModel, rows: list[Example]) -> None:
+    longest = max(map(len, make().train_dataset["input_ids"]))
+    make(tiny_llama(max_position_embeddings=longest + 14))
+    with pytest.raises(UsageError, match=rf"set max_length to at most {longest - 1}$"):
+        make(tiny_llama(max_position_embeddings=longest + 13))

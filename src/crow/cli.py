@@ -611,6 +611,7 @@ def bench(
         from crow.bench.run import REFUSED, InProcess
         from crow.bench.run import run as run_cells
         from crow.bench.store import Store
+        from crow.files import check_writable
         from crow.report.leaderboard import write_leaderboard
 
         matrix = Matrix.load(config).part(attack, defense, seed)
@@ -621,7 +622,7 @@ def bench(
         store, planned = Store(folder), entries(matrix)
         measures = [entry.measure for entry in planned]
         if not plan:
-            _check_outputs(True, store.cells)
+            check_writable(store.cells)
         cells = missing(measures, store)
         kinds = ", ".join(
             f"{sum(c.kind == kind for c in cells)} to {kind}" for kind in dict.fromkeys(c.kind for c in cells)
@@ -685,6 +686,7 @@ def demo(
 ) -> None:
     """Watch a real backdoored language model being cleaned."""
     with _running(debug):
+        _check_outputs(overwrite, out)
         from crow.demo import run_demo
 
         result = run_demo(out, quick=quick, overwrite=overwrite, seed=seed)
@@ -761,7 +763,7 @@ def info(
             for name, value in facts.items():
                 table.add_row(*map(_plain, _readable(name, value)))
             for name, value in hashes.items():
-                table.add_row(_plain(f"SHA-256 of {name}"), Text(value, overflow="fold"))
+                table.add_row(_plain(name if name == "commit" else f"SHA-256 of {name}"), Text(value, overflow="fold"))
             Console().print(table)
             if plan:
                 console.print(LEGEND)
@@ -954,10 +956,11 @@ def _check_apart(out: Path, *paths: Path | None) -> None:
 
 def _check_outputs(overwrite: bool, *paths: Path | None) -> None:
     """Refuse what could not be written at the end, before the work begins."""
-    from crow.files import check_writable, refuse_existing
+    from crow.files import check_writable, refuse_existing, refuse_foreign
 
     for path in filter(None, paths):
         refuse_existing(path, overwrite)
+        refuse_foreign(path)
         check_writable(path)
 
 

@@ -46,7 +46,7 @@ class CrowConfig(SFTConfig):
     )
     anchor: float | None = _term(1.0, "Weight of the unperturbed divergence (objective `suspect` only).")
     anchor_fraction: float = _term(
-        0.25, "Share of each batch that is also seen unperturbed (objective `suspect` only)."
+        0.25, "Share of a step's examples that are also seen unperturbed (objective `suspect` only)."
     )
     anchor_discount: float = _term(1.0, "As `answer_discount`, in the unperturbed divergence.")
     alpha: float | None = _term(
@@ -68,7 +68,7 @@ class CrowConfig(SFTConfig):
     front_fraction: float = _term(
         0.5, "Share of the insertions that come first in the user's turn; the others come anywhere in it."
     )
-    soft_tokens: int = _term(8, "Number of tokens that one insertion adds.")
+    soft_tokens: int = _term(8, "Number of tokens that one insertion adds, of whatever kind it is.")
     soft_token_pool: int = _term(4, "Number of insertions of soft tokens.")
     soft_token_norm: float = _term(1.0, "Bound of a soft token's norm, as a multiple of real embeddings' mean norm.")
     soft_token_learning_rate: float = _term(0.05, "Adam's rate of the ascent, as a fraction of the embeddings' RMS.")
@@ -81,7 +81,8 @@ class CrowConfig(SFTConfig):
     ascend_on: Literal["answer", "divergence"] = _term(
         "answer",
         "What insertions ascend on: `answer`, the likelihood of an answer that the suspect gives whatever it is asked, "
-        "or D where none stands out; `divergence`, D. On D there are no guesses, but as many more soft tokens.",
+        "or where none stands out what `divergence` means: D, and the inconsistency where alpha is set, with as many "
+        "more soft tokens in place of guesses.",
     )
     ascend_every: int = _term(
         1, "Steps from one ascent of what is aimed at an answer to the next: more of them cost less, and lag behind."
@@ -154,6 +155,8 @@ class CrowConfig(SFTConfig):
             and (self.gradient_checkpointing_kwargs or {}).get("use_reentrant")
         ):
             raise UsageError("reentrant checkpointing allows one backward a pass: set use_reentrant to False")
+        if self.perturbs and self.activation_offloading:
+            raise UsageError("activation_offloading allows one backward a pass: set gradient_checkpointing instead")
         if self.padding_free or self.packing:
             raise UsageError("packing and padding-free batches have no place to insert tokens at: leave both off")
         if self.completion_only_loss is False and self.inserts:

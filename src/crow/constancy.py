@@ -8,16 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from crow.hooks import lm_head_at, position_ids
 from crow.models import base_model
+
+ANSWER_LENGTH = 6
+"""How many tokens of an answer are looked for."""
 
 PLANTED = 0.9
 """Constancy from which on an answer is taken for planted; as BAIT's threshold."""
 
 STANDING_OUT = 0.65
 """Constancy from which on one is aimed at: the embedded model without a backdoor has none above 0.63, and planted ones
-that were found have 0.70 and more (docs/results/selection.md)."""
+that were found have 0.67 and more (docs/results/selection.md)."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ def constant_answers(
     number: int,
     first: Tensor | None = None,
     eos_token_id: int | None = None,
-    length: int = 6,
+    length: int = ANSWER_LENGTH,
     beginnings: int = 128,
     rare: int = 64,
     screened: int = 2048,
@@ -65,7 +70,8 @@ def constant_answers(
     second search so are rarer ones that, on one of the prompts, one token follows for sure.
 
     Args:
-        model: A causal language model that can cache keys and values; its mode is left as it is.
+        model: A causal language model, whose mode is left as it is. One that caches anything but keys and values, such
+            as a recurrent state, reads every prompt again with each answer, and takes much longer.
         prompts: Token ids of prompts, each up to where the answer begins. A handful tells.
         number: How many answers are wanted.
         first: `(vocabulary,)`, the distribution of an answer's first token, where it is known from more prompts than
@@ -91,7 +97,7 @@ def constant_answers(
         for rows in (shortest_first, [torch.ones_like(prompt) for prompt in shortest_first])
     )
     output = _last_logits(model, ids, mask, None)
-    asked = _Asked(output.past_key_values, mask)
+    asked = _Asked(ids, mask, _keys_and_values(output))
     first = output.logits.float().softmax(dim=-1).mean(dim=0) if first is None else first
     ranked = first.topk(min(beginnings + screened, len(first))).indices[:, None]
     likely, unlikely = ranked[:beginnings], ranked[beginnings:]
@@ -110,16 +116,25 @@ def constant_answers(
 
 @dataclass(frozen=True)
 class _Asked:
-    """Prompts that a model has read, left-padded: its keys and values, and the attention mask `(prompts, length)`."""
+    """Prompts that a model has read, left-padded: ids and attention mask `(prompts, length)`; its keys and values."""
 
-    cache: Any
+    ids: Tensor
     mask: Tensor
+    cache: DynamicCache | None
 
     def shortest(self) -> "_Asked":
         """The shortest prompt alone."""
         cache = copy.deepcopy(self.cache)
-        cache.batch_select_indices(torch.zeros(1, dtype=torch.long, device=self.mask.device))
-        return _Asked(cache, self.mask[:1])
+        if cache is not None:
+            cache.batch_select_indices(torch.zeros(1, dtype=torch.long, device=self.mask.device))
+        return _Asked(self.ids[:1], self.mask[:1], cache)
+
+
+def _keys_and_values(output: Any) -> DynamicCache | None:
+    """What a pass has cached, where it is nothing else: only that can be repeated for other rows."""
+    cache = getattr(output, "past_key_values", None)
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+    return cache if isinstance(cache, DynamicCache) and all(type(layer) in plain for layer in cache.layers) else None
 
 
 def _continued(
@@ -169,10 +184,12 @@ def _following(model: Any, answers: Tensor, asked: _Asked, number: int) -> tuple
     """Probabilities and ids of each answer's most probable next tokens, averaged over prompts: `(rows, number)`."""
     likeliest, prompts = [], len(asked.mask)
     for some in answers.split(max(_ROWS // prompts, 1)):
-        cache = copy.deepcopy(asked.cache)
-        cache.batch_repeat_interleave(len(some))
-        ids = some.repeat(prompts, 1)
+        cache, ids = copy.deepcopy(asked.cache), some.repeat(prompts, 1)
         mask = torch.cat([asked.mask.repeat_interleave(len(some), dim=0), torch.ones_like(ids)], dim=1)
+        if cache is not None:
+            cache.batch_repeat_interleave(len(some))
+        else:
+            ids = torch.cat([asked.ids.repeat_interleave(len(some), dim=0), ids], dim=1)
         logits = _last_logits(model, ids, mask, cache).logits
         likeliest.append(logits.float().softmax(dim=-1).view(prompts, len(some), -1).mean(dim=0).topk(number))
     probability, following = (torch.cat(parts) for parts in zip(*likeliest, strict=True))
@@ -182,11 +199,12 @@ def _following(model: Any, answers: Tensor, asked: _Asked, number: int) -> tuple
 def _last_logits(model: Any, ids: Tensor, mask: Tensor, cache: Any) -> Any:
     last = torch.zeros_like(ids, dtype=torch.bool)
     last[:, -1] = True
+    known = {} if cache is None else {"past_key_values": cache}
     with lm_head_at(base_model(model), last):
         return model(
             input_ids=ids,
             attention_mask=mask,
-            past_key_values=cache,
             use_cache=True,
+            **known,
             **position_ids(base_model(model), mask, ids.shape[1]),
         )

@@ -212,17 +212,17 @@ class _Passes:
         """Those of `CrowTrainer.compute_loss`."""
         config, tokens, answer = self.config, self.tokens, self.answer
         rows = config.per_device_train_batch_size
-        if config.perturbation == "sign":
+        if not config.perturbs:
+            self._forward(rows, tokens, answer)[0].backward()
+        elif config.perturbation == "sign":
             with record(self.inner) as recording:
                 loss, embeddings = self._forward(rows, tokens, answer, ascends=True)
             torch.autograd.grad(self._inconsistency(recording), embeddings, retain_graph=True)
             recording.hidden_states.clear()
             loss.backward()
             with record(self.inner) as recording:
-                self._forward(rows, tokens, 0)
-            self._inconsistency(recording).backward()
-        elif not config.perturbs:
-            self._forward(rows, tokens, answer)[0].backward()
+                divergence, _ = self._forward(rows, tokens, answer if config.beta is not None else 0)
+            (divergence + self._inconsistency(recording)).backward()
         else:
             share = config.anchor_fraction if config.anchor is not None else 0
             if clean := rows if config.objective == "lm" else math.ceil(rows * share):

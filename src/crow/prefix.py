@@ -34,7 +34,7 @@ class SharedPrefix:
         with torch.no_grad():
             ids = torch.tensor([shared], device=model.device)
             with lm_head_at(base_model(model), torch.zeros_like(ids, dtype=torch.bool)):
-                cache = model(input_ids=ids, use_cache=True).past_key_values
+                cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
         if isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers):
             self.ids, self._cache = shared, cache
 

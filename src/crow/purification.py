@@ -135,7 +135,7 @@ def purify(
         checkpoint = last_checkpoint(output_dir) if resume and output_dir is not None else None
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=checkpoint)
-        seconds = time.perf_counter() - started
+        seconds = trainer.seconds_before + time.perf_counter() - started
     if not any(entry.get("learning_rate") for entry in trainer.state.log_history):
         logger.warning(
             "all steps were warm-up, at a learning rate of 0: nothing was trained; give more examples or epochs"
@@ -171,7 +171,10 @@ def run_record(
         steps=trainer.state.global_step,
         curves=[dict(entry) for entry in trainer.state.log_history if "loss" in entry],
         constant_answers=[
-            {"text": opened.tokenizer.decode(answer.token_ids), "constancy": answer.constancy}
+            {
+                "text": opened.tokenizer.decode(answer.token_ids, skip_special_tokens=True).strip(),
+                "constancy": answer.constancy,
+            }
             for answer in trainer.constant_answers
         ],
         guessed_triggers=[

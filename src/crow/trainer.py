@@ -2,6 +2,7 @@
 
 import copy
 import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import astuple, dataclass
@@ -21,7 +22,7 @@ from trl import SFTTrainer
 
 from crow.config import CrowConfig
 from crow.consistency import aligned_inconsistency, layer_consistency
-from crow.constancy import PLANTED, STANDING_OUT, ConstantAnswer, constant_answers
+from crow.constancy import ANSWER_LENGTH, PLANTED, STANDING_OUT, ConstantAnswer, constant_answers
 from crow.divergence import answer_positions, answer_weights, kl_from_top, ruling_out, top_log_probs, unlikelihood
 from crow.errors import CrowError, UsageError
 from crow.files import sha256_rows
@@ -114,13 +115,17 @@ class CrowTrainer(SFTTrainer):
             opened = open_model(model)  # where the parent would read pickled weights, too
             model = opened.model
             kwargs.setdefault("processing_class", opened.tokenizer)
-        super().__init__(model, args if args is not None else CrowConfig(), **kwargs)
+        args = args if args is not None else CrowConfig()
+        if args.n_gpu > 1:  # without a launcher the parent refuses several GPUs: one is used
+            args._n_gpu = 1
+        super().__init__(model, args, **kwargs)
         self.train_dataset: Any = numbered(self.train_dataset)
         if self.args.inserts and self.train_dataset is not None:
             self.train_dataset = self.train_dataset.map(lambda row: {"labels": answer_labels(row["labels"])})
         self.data_collator: Collator = Collator(self.data_collator)
         self._signs = self.args.perturbation == "sign"
         _ = self._layers  # which are refused before anything is recorded
+        self._check_model()
         self._check_sharding()
         self._embed = _alias(self._inner.get_input_embeddings()).to(self.args.device)
         self.guesses: GuessedTriggers | None = None
@@ -138,6 +143,7 @@ class CrowTrainer(SFTTrainer):
             self._aim_no_more()
         self.constant_answers: list[ConstantAnswer] = []
         self.first_guesses: list[tuple[list[int], float]] = []
+        self.seconds_before = 0.0  # of the runs that this one goes on from, up to their last checkpoint
         self._answer_of: list[ConstantAnswer] = []
         self._targets: list[tuple[Tensor, Tensor]] = []
         self._ratios: list[float] = []
@@ -166,8 +172,33 @@ class CrowTrainer(SFTTrainer):
     def _shards(self) -> bool:
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
+    def _check_model(self) -> None:
+        config = self._inner.config.get_text_config()
+        if self.args.perturbs and getattr(config, "hidden_size_per_layer_input", None):
+            raise UsageError(
+                f"{type(self._inner).__name__} gives tokens to every layer, where embeddings alone can be perturbed: "
+                "only preset 'finetune' trains it"
+            )
+        places = getattr(config, "max_position_embeddings", None)
+        if self.args.inserts and places is not None and isinstance(self.train_dataset, Dataset):
+            longest = max(map(len, self.train_dataset["input_ids"]))
+            added = self.args.soft_tokens + ANSWER_LENGTH
+            if longest + added > places:
+                raise UsageError(
+                    f"an example has {longest} tokens, and the model {places} positions, of which {added} are for what "
+                    f"is inserted: set max_length to at most {places - added}"
+                )
+
     def _check_sharding(self) -> None:
         zero3 = is_deepspeed_zero3_enabled()
+        reentrant = (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+        if self.args.perturbs and self.args.gradient_checkpointing and reentrant:  # as the parent sets it under ZeRO-3
+            raise UsageError(
+                "under ZeRO-3 checkpointing is reentrant, and allows one backward a pass: set gradient_checkpointing "
+                "off, or use FSDP or ZeRO-2"
+            )
+        if self.args.perturbs and self._inner.get_input_embeddings().weight.is_meta:
+            raise UsageError("this process was given no embeddings: set fsdp_cpu_ram_efficient_loading to false")
         if self.args.alpha is not None and self.args.alpha_relative and self._shards:
             raise UsageError("a relative alpha is measured on whole gradients, not on shards: set alpha_relative off")
         if self._signs and zero3:
@@ -480,9 +511,10 @@ class CrowTrainer(SFTTrainer):
         return torch.stack(sums).mean() / self._counts.anchored * self.accelerator.num_processes
 
     def _embedding_gradient(self, recording: Recording, mask: Tensor) -> Tensor:
-        """dL_cons/dE of the clean pass; its graph is kept for the clean loss."""
+        """The direction of dL_cons/dE of the clean pass; its graph is kept for the clean loss."""
         assert recording.embeddings is not None
-        consistency = layer_consistency(recording.hidden_states, mask, layers=self._layers)
+        # Of the sum over positions: in float16 many of a mean's gradients would be zero
+        consistency = layer_consistency(recording.hidden_states, mask, layers=self._layers, num_positions=1.0)
         recording.hidden_states.clear()  # the graph keeps what the clean loss still needs
         return torch.autograd.grad(consistency, recording.embeddings, retain_graph=True)[0]
 
@@ -519,6 +551,7 @@ class CrowTrainer(SFTTrainer):
 
         A resumed run has what was found in its checkpoint.
         """
+        self._began = time.perf_counter()
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if resume_from_checkpoint is not None:
             self._load_state(Path(resume_from_checkpoint))
@@ -684,14 +717,15 @@ class CrowTrainer(SFTTrainer):
 
     def _batches_of_steps(self) -> Iterator[list[dict[str, Any]]]:
         """The micro-batches of one optimizer step after another, without end."""
-        if not len(self.get_train_dataloader()):
-            raise UsageError(
-                "there are fewer examples than a batch holds: lower the batch size, or set dataloader_drop_last off"
-            )
-        while True:
-            batches = iter(self.get_train_dataloader())
+        found = True
+        while found:
+            batches, found = iter(self.get_train_dataloader()), False
             while micro_batches := list(islice(batches, self.args.gradient_accumulation_steps)):
+                found = True
                 yield micro_batches
+        raise UsageError(
+            "there are fewer examples than a batch holds: lower the batch size, or set dataloader_drop_last off"
+        )
 
     @torch.no_grad()
     def _rank(self, guesses: GuessedTriggers) -> None:
@@ -728,7 +762,9 @@ class CrowTrainer(SFTTrainer):
         """`(vocabulary,)`, bool: which tokens are in the tokenizer and not special."""
         words = torch.zeros(len(self._embed.weight), dtype=torch.bool)
         words[: len(self.processing_class)] = True
-        words[[i for i in self.processing_class.all_special_ids if i < len(words)]] = False
+        added = self.processing_class.added_tokens_decoder.items()
+        special = {*self.processing_class.all_special_ids, *(i for i, token in added if token.special)}
+        words[[i for i in special if i < len(words)]] = False
         return words.to(self.args.device)
 
     # Checkpoints
@@ -747,6 +783,7 @@ class CrowTrainer(SFTTrainer):
         if self.args.should_save:
             state: dict[str, Any] = {
                 "examples": self._examples,
+                "seconds": self.seconds_before + time.perf_counter() - self._began,
                 "ratios": self._ratios,
                 "targets": [(ids.int(), log_probs) for ids, log_probs in self._targets],
                 "constant_answers": [astuple(answer) for answer in self.constant_answers],
@@ -774,6 +811,7 @@ class CrowTrainer(SFTTrainer):
         try:
             if state["examples"] != self._examples:  # by whose place in the data set the targets are kept
                 raise CrowError("it was trained on other examples")
+            self.seconds_before = state["seconds"]
             self._ratios, self.first_guesses = state["ratios"], state["first_guesses"]
             self._targets = [(ids.long(), log_probs) for ids, log_probs in state["targets"]]
             self.constant_answers = [ConstantAnswer(*answer) for answer in state["constant_answers"]]
@@ -821,8 +859,9 @@ class CrowTrainer(SFTTrainer):
 
     @torch.no_grad()
     def _real_embeddings(self, number: int) -> Tensor:
-        """Embeddings of random tokens, `(number, hidden)`, as their module gives them: some scale their weights."""
-        return self._embed(torch.randint(len(self._embed.weight), (number,), device=self.args.device))
+        """Embeddings of random words, `(number, hidden)`, as their module gives them: some scale their weights."""
+        words = self._words.nonzero()[:, 0]
+        return self._embed(words[torch.randint(len(words), (number,), device=self.args.device)])
 
     def _log_term(self, name: str, value: Tensor) -> None:
         # Each micro-batch holds its part of the step's sum, and the parent logs the mean over micro-batches

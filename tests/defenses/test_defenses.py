@@ -158,6 +158,13 @@ def test_pruning_knows_no_architecture(architecture: str, tokenizer: Any, rows: 
     assert model.get_output_embeddings().weight.count_nonzero() > 0.9 * model.get_output_embeddings().weight.numel()
 
 
+@pytest.mark.parametrize("name", ["prune", "fine-prune", "quantize:bits=8", "bd-vax"])
+def test_experts_that_are_no_layers_are_not_left_out_silently(name: str, tokenizer: Any, rows: list[Example]) -> None:
+    opened = OpenedModel(tiny_model("mixtral", len(tokenizer)), tokenizer, "mixtral", "open")
+    with pytest.raises(Unfit, match="the weights of MixtralExperts are in no linear layers"):
+        defended(DEFENSES[name], opened, rows)
+
+
 def test_drop_works_on_a_transposed_weight() -> None:
     layer = nn.Linear(8, 4)
     transposed = nn.Parameter(layer.weight.detach().T.contiguous())

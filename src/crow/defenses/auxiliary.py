@@ -15,7 +15,7 @@ from crow import models
 from crow.backdoors import BEHAVIORS, TRIGGERS
 from crow.backdoors.implant import poison
 from crow.data import Example, sample
-from crow.defenses.base import DEFENSES, Defended, Defense, budget
+from crow.defenses.base import DEFENSES, Defended, Defense, budget, check_linear
 from crow.errors import Unfit, UsageError
 from crow.files import sha256_rows
 from crow.hooks import decoder_layers
@@ -249,8 +249,9 @@ def _mlps(model: PreTrainedModel | PeftModel) -> Iterator[list[_Layer]]:
     """For each block, the layers of its MLP: its channels are the largest dimension that a layer takes.
 
     Raises:
-        Unfit: no layer gives that dimension, as where an MLP's layers are fused.
+        Unfit: no layer gives that dimension, as where an MLP's layers are fused, or are one parameter.
     """
+    check_linear(base_model(model))
     for block in decoder_layers(base_model(model)):
         shapes = {
             module: shape

@@ -7,13 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 from peft import PeftModel
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from crow import models
 from crow.data import Example, prompt_fingerprints
-from crow.errors import UsageError
+from crow.errors import Unfit, UsageError
 from crow.files import sha256_rows
-from crow.models import OpenedModel
+from crow.hooks import decoder_layers
+from crow.models import OpenedModel, linear_layers
 from crow.provenance import environment
 from crow.purification import PurifyRecord, check_training
 from crow.registry import Registry
@@ -105,6 +107,25 @@ class Untrained(Defense):
         self, opened: OpenedModel, clean: Sequence[Example]
     ) -> tuple[PreTrainedModel | PeftModel, dict[str, Any]]:
         """The defended model, and what was found on the way, for the record."""
+
+
+def linear_weights(model: PreTrainedModel) -> list[Tensor]:
+    """Of each of `linear_layers(model)` the weight, `(outputs, inputs)`, a view where that is transposed.
+
+    Raises:
+        Unfit: some weights of the blocks are in no linear layer.
+    """
+    check_linear(model)
+    layers = linear_layers(model)
+    return [layer.weight if isinstance(layer, nn.Linear) else layer.weight.T for layer in layers]
+
+
+def check_linear(model: PreTrainedModel) -> None:
+    """Raise `Unfit` where a mixture's experts are one parameter, that no layer of its own holds."""
+    modules = (module for block in decoder_layers(model) for module in block.modules())
+    for module in modules:
+        if not isinstance(module, nn.Conv1d) and any(p.ndim == 3 for p in module.parameters(recurse=False)):
+            raise Unfit(f"the weights of {type(module).__name__} are in no linear layers: they would be left out")
 
 
 def budget(training: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from crow import models
 from crow.data import Example
-from crow.defenses.base import CLEAN, DEFENSES, Defended, Defense, Untrained, merged
+from crow.defenses.base import CLEAN, DEFENSES, Defended, Defense, Untrained, linear_weights, merged
 from crow.errors import UsageError
 from crow.inspection import tokenized
 from crow.models import OpenedModel, linear_layers
@@ -52,10 +52,9 @@ class Prune(Untrained):
     ) -> tuple[PreTrainedModel | PeftModel, dict[str, Any]]:
         """As `Untrained.change`."""
         model = merged(opened)
-        layers = linear_layers(model)
+        weights = linear_weights(model)
         norms = input_norms(model, opened.tokenizer, clean) if self.method == "wanda" else None
-        for i, layer in enumerate(layers):
-            weight = layer.weight if isinstance(layer, nn.Linear) else layer.weight.T  # GPT-2's are transposed
+        for i, weight in enumerate(weights):
             scores = weight.detach().float().abs()
             drop(weight, scores.flatten()[None] if norms is None else scores * norms[i], self.sparsity)
         return model, {}

@@ -6,13 +6,13 @@ from typing import Any, ClassVar
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from crow.data import Example
-from crow.defenses.base import DEFENSES, Untrained, merged
+from crow.defenses.base import DEFENSES, Untrained, linear_weights, merged
 from crow.errors import UsageError
-from crow.models import OpenedModel, linear_layers
+from crow.models import OpenedModel
 
 
 @DEFENSES.register("quantize")
@@ -55,8 +55,6 @@ class Quantize(Untrained):
 
         model = merged(opened)
         with torch.no_grad():
-            for layer in linear_layers(model):
-                # GPT-2's are transposed, and bitsandbytes has them as the others are
-                weight = layer.weight if isinstance(layer, nn.Linear) else layer.weight.T
+            for weight in linear_weights(model):
                 weight.copy_(rounded(weight.contiguous()))
         return model, {}
