@@ -89,7 +89,7 @@ class GuessedTriggers(nn.Module):
 
     The gradient of a likelihood with respect to a token's embedding says, to first order, which other token of the
     vocabulary would raise it most (HotFlip, Ebrahimi et al., arXiv 1712.06751; for triggers of language models
-    AutoPrompt, arXiv 2010.15980). Each ascent exchanges the one token of every guess that promises most.
+    AutoPrompt, arXiv 2010.15980). Each ascent exchanges one token of a guess: the one that promises most.
 
     Args:
         embed: The model's input embedding.
