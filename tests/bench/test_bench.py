@@ -90,6 +90,11 @@ def test_a_cell_says_what_it_was(done: Path) -> None:
         assert about["source"] is None or (folder.parent / about["source"]).is_dir()
 
 
+def test_what_is_written_of_a_cell_names_no_path_of_this_machine(done: Path, llama_folder: Path) -> None:
+    for file in (done / "cells").glob("*/*.json"):
+        assert not any(str(folder) in file.read_text() for folder in (done, llama_folder))
+
+
 def test_defended_models_go_when_they_are_measured(done: Path) -> None:
     for folder in (done / "cells").iterdir():
         assert (folder / "model").exists() == folder.name.startswith("implant")

@@ -101,6 +101,10 @@ class Cell(ABC):
             check_seen(backdoor.trigger, opened.tokenizer)
         return opened
 
+    def _origin(self, opened: OpenedModel) -> str:
+        """What results call the model that it started from: no path of this machine."""
+        return name_elsewhere(opened.name) if self.source is None else self.source.name
+
 
 @dataclass(frozen=True)
 class Implant(Cell):
@@ -225,6 +229,7 @@ class Defend(Cell):
             training |= {"output_dir": scratch, "resume": True, "seed": self.seed}
             training["callbacks"] = [TrainingProgress(advance)]
         model, record = DEFENSES[self.candidate.defense].apply(opened, self._clean(), **training)
+        record.model = self._origin(opened)
         write_json(folder / "purify.json", record.as_json())
         # An adapter for a model that another cell made would lead nowhere once that one is gone
         alone = isinstance(model, PeftModel) and record.lora != "fresh" and opened.kind == "adapter"
@@ -331,8 +336,7 @@ class Measure(Cell):
             unfinished=scratch / "answers.jsonl",
             on_progress=advance,
         )
-        # No path of this machine
-        result.provenance["model"] = name_elsewhere(opened.name) if source is None else source.name
+        result.provenance["model"] = self._origin(opened)
         if "reference" in result.settings:
             result.settings["reference"] = name_elsewhere(result.settings["reference"])
         result.save(folder / "figures.json")
