@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MERGE_BOMB, MakeModel, save_folder, scatter_lora, tiny_gguf, tiny_model
+from conftest import ARCHITECTURES, MERGE_BOMB, MakeModel, save_folder, scatter_lora, tiny_gguf, tiny_model
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -737,6 +737,7 @@ def test_an_existing_folder_is_replaced_only_on_request(adapted: OpenedModel, tm
 # Describing
 
 
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "mixtral"])
 def test_size_of_the_adapter_is_what_peft_adds(architecture: str, tokenizer: PreTrainedTokenizerFast) -> None:
     model = tiny_model(architecture, len(tokenizer))
     expected = lora_size(model)

@@ -18,7 +18,7 @@ from accelerate import PartialState
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.constants import REPOCARD_NAME as CARD
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import (
     AutoConfig,
@@ -550,9 +550,10 @@ def describe(opened: OpenedModel) -> dict[str, Any]:
 
 
 def lora_size(model: PreTrainedModel) -> int:
-    """How many parameters `lora_config` adds to a model."""
-    config = lora_config()
-    return sum(config.r * sum(layer.weight.shape) for layer in linear_layers(model))
+    """How many parameters `lora_config` adds to a model; of a mixture's experts PEFT counts, which are no layers."""
+    with torch.device("meta"):
+        twin = AutoModelForCausalLM.from_config(model.config, trust_remote_code=False)
+        return get_peft_model(twin, lora_config()).get_nb_trainable_parameters()[0]
 
 
 def linear_layers(model: PreTrainedModel) -> list[torch.nn.Linear | Conv1D]:
