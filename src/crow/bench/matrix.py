@@ -296,14 +296,14 @@ T = TypeVar("T")
 def _matching(what: str, entries: tuple[T, ...], wanted: Sequence[str] | None, labels: Sequence[str]) -> tuple[T, ...]:
     if not wanted:
         return entries
-    for pattern in wanted:
-        if not any(fnmatchcase(label, pattern) for label in labels):
+    named = {
+        pattern: {label for label in labels if label == pattern or fnmatchcase(label, pattern)} for pattern in wanted
+    }
+    for pattern, found in named.items():
+        if not found:
             raise UsageError(f"no {what} {pattern!r} in the matrix; there are {'; '.join(labels)}")
-    return tuple(
-        entry
-        for entry, label in zip(entries, labels, strict=True)
-        if any(fnmatchcase(label, pattern) for pattern in wanted)
-    )
+    kept = set().union(*named.values())
+    return tuple(entry for entry, label in zip(entries, labels, strict=True) if label in kept)
 
 
 def _mapping(entry: Any, cls: type, what: str) -> dict[str, Any]:
