@@ -614,7 +614,7 @@ def bench(
         from crow.files import check_writable
         from crow.report.leaderboard import write_leaderboard
 
-        matrix = Matrix.load(config).part(attack, defense, seed)
+        matrix = Matrix.load(config).part(attack or (), defense or (), seed or ())
         if model:
             matrix = replace(matrix, models=tuple(dict.fromkeys(model)))
         folder = out if out is not None else Path("runs") / Path(config).stem

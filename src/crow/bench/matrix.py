@@ -252,11 +252,13 @@ class Matrix:
 
     def part(
         self,
-        attacks: Sequence[str] | None = None,
-        defenses: Sequence[str] | None = None,
-        seeds: Sequence[int] | None = None,
+        attacks: Sequence[str] = (),
+        defenses: Sequence[str] = (),
+        seeds: Sequence[int] = (),
     ) -> "Matrix":
         """The attacks and the defenses whose labels are among these names or shell patterns, and these of its seeds.
+
+        Of what is not given, all are in it.
 
         Raises:
             UsageError: there is none of a name; the message lists the known ones.
@@ -265,7 +267,7 @@ class Matrix:
             self,
             attacks=_matching("attack", self.attacks, attacks, [attack.label for attack in self.attacks]),
             defenses=_matching("defense", self.defenses, defenses, [defense.label for defense in self.defenses]),
-            seeds=_matching("seed", self.seeds, [*map(str, seeds or ())], [*map(str, self.seeds)]),
+            seeds=_matching("seed", self.seeds, [*map(str, seeds)], [*map(str, self.seeds)]),
         )
 
     def check_settings(self) -> None:
@@ -293,16 +295,15 @@ class Matrix:
 T = TypeVar("T")
 
 
-def _matching(what: str, entries: tuple[T, ...], wanted: Sequence[str] | None, labels: Sequence[str]) -> tuple[T, ...]:
+def _matching(what: str, entries: tuple[T, ...], wanted: Sequence[str], labels: Sequence[str]) -> tuple[T, ...]:
     if not wanted:
         return entries
-    named = {
-        pattern: {label for label in labels if label == pattern or fnmatchcase(label, pattern)} for pattern in wanted
-    }
-    for pattern, found in named.items():
+    kept: set[str] = set()
+    for pattern in wanted:
+        found = {label for label in labels if label == pattern or fnmatchcase(label, pattern)}
         if not found:
             raise UsageError(f"no {what} {pattern!r} in the matrix; there are {'; '.join(labels)}")
-    kept = set().union(*named.values())
+        kept |= found
     return tuple(entry for entry, label in zip(entries, labels, strict=True) if label in kept)
 
 

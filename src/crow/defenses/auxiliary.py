@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
+from transformers.pytorch_utils import Conv1D
 
 from crow import models
 from crow.backdoors import BEHAVIORS, TRIGGERS
@@ -271,7 +272,6 @@ def _shape(module: nn.Module) -> tuple[int, int] | None:
     inner = cast(Any, module).get_base_layer() if hasattr(module, "get_base_layer") else module
     if isinstance(inner, nn.Linear):
         return inner.in_features, inner.out_features
-    weight = getattr(inner, "weight", None)
-    if type(inner).__name__ == "Conv1D" and isinstance(weight, Tensor):
-        return weight.shape[0], weight.shape[1]
+    if isinstance(inner, Conv1D):
+        return inner.weight.shape[0], inner.weight.shape[1]
     return None
