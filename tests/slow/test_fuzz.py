@@ -244,6 +244,7 @@ registry_texts = st.builds("{}={}".format, st.sampled_from(own), texts | names |
 @example("mtba:triggers=" + "mtba+" * 5000, TRIGGERS)
 @example("mtba:triggers=mtba:triggers=" * 500, TRIGGERS)
 @example("ctba:words=" + "+".join(map(str, range(5000))), TRIGGERS)
+@example("code-injection:target=a\ud800", BEHAVIORS)
 @fuzz(2500)
 def test_registry_texts(place: Path, text: str, registry: Any) -> None:
     with case("registry texts", place):

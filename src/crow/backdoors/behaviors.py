@@ -117,7 +117,7 @@ class CodeInjection(Behavior):
         super().__post_init__()
         try:
             call = ast.parse(self.target, mode="eval").body
-        except SyntaxError:
+        except (SyntaxError, ValueError, RecursionError, MemoryError):  # of half a character, or endless brackets
             call = None
         if not isinstance(call, ast.Call):
             raise UsageError(f"the target {self.target!r} is no call in Python, such as print('pwned')")
