@@ -592,7 +592,9 @@ def bench(
     defense: Annotated[
         list[str] | None, typer.Option(help="Of CONFIG's defenses this one alone, or such ones. Can be repeated.")
     ] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="Of CONFIG's seeds this one alone. Can be repeated.")] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(help="Of CONFIG's seeds this one alone, where one matters. Can be repeated.")
+    ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Say what would be run and about how long it takes.")] = False,
     report: Annotated[
         bool, typer.Option("--report", help="Make the leaderboard of what is finished, and run nothing.")
@@ -614,12 +616,12 @@ def bench(
         from crow.files import check_writable
         from crow.report.leaderboard import write_leaderboard
 
-        matrix = Matrix.load(config).part(attack or (), defense or (), seed or ())
+        matrix = Matrix.load(config).part(attack or (), defense or ())
         if model:
             matrix = replace(matrix, models=tuple(dict.fromkeys(model)))
         folder = out if out is not None else Path("runs") / Path(config).stem
         failures: dict[str, str] = {}
-        store, planned = Store(folder), entries(matrix)
+        store, planned = Store(folder), entries(matrix, seed or ())
         measures = [entry.measure for entry in planned]
         if not plan:
             check_writable(store.cells)

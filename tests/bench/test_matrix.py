@@ -47,16 +47,24 @@ def test_the_embedded_model_s_matrix_has_the_paper_s_eleven_attacks() -> None:
 
 def test_a_part_of_a_matrix_is_named_as_its_tables_name_it() -> None:
     whole = Matrix.load("smollm2")
-    part = whole.part(attacks=["badnets/*", "mtba/sentiment"], defenses=["none", "prune:*", "crow"], seeds=[0])
+    part = whole.part(attacks=["badnets/*", "mtba/sentiment"], defenses=["none", "prune:*", "crow"])
     assert [attack.label for attack in part.attacks] == [
         "badnets/sentiment",
         "mtba/sentiment",
         "badnets/refusal, 50% poisoned",
     ]
     assert [d.label for d in part.defenses] == ["none", "crow", "prune:method=magnitude", "prune:method=wanda"]
-    assert part.seeds == (0,)
     assert {e.measure.key for e in entries(part)} < {e.measure.key for e in entries(whole)}
     assert whole.part() == whole
+
+
+def test_a_seed_alone_is_run_on_what_the_whole_matrix_runs_it_on() -> None:
+    matrix = Matrix.read(SMALL | {"seeds": [0, 1, 2], "relearn": [1]})
+    whole = {e.measure.key for e in entries(matrix)}
+    second = entries(matrix, [1])
+    assert {e.measure.key for e in second} < whole
+    assert {(e.candidate.defense, e.seed) for e in second} == {("none", 0), ("crow", 1), ("prune", 0), ("decode", 0)}
+    assert {e.measure.key for seed in matrix.seeds for e in entries(matrix, [seed])} == whole
 
 
 @pytest.mark.parametrize(
@@ -64,12 +72,16 @@ def test_a_part_of_a_matrix_is_named_as_its_tables_name_it() -> None:
     [
         ({"attacks": ["badnets/sentiment", "vpi/*"]}, "no attack 'vpi/.' in the matrix; there are badnets/sentiment$"),
         ({"defenses": ["cro"]}, "no defense 'cro' in the matrix; there are none; crow; prune; decode"),
-        ({"seeds": [1]}, "no seed '1' in the matrix; there are 0"),
     ],
 )
 def test_what_a_matrix_does_not_hold_is_named(part: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Matrix.read(SMALL).part(**part)
+
+
+def test_a_seed_that_a_matrix_does_not_hold_is_named() -> None:
+    with pytest.raises(UsageError, match="no seed 1 in the matrix; there are 0"):
+        entries(Matrix.read(SMALL), [1])
 
 
 def test_what_cells_share_is_run_once() -> None:

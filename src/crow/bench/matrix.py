@@ -250,15 +250,8 @@ class Matrix:
         matrix.check_settings()
         return matrix
 
-    def part(
-        self,
-        attacks: Sequence[str] = (),
-        defenses: Sequence[str] = (),
-        seeds: Sequence[int] = (),
-    ) -> "Matrix":
-        """The attacks and the defenses whose labels are among these names or shell patterns, and these of its seeds.
-
-        Of what is not given, all are in it.
+    def part(self, attacks: Sequence[str] = (), defenses: Sequence[str] = ()) -> "Matrix":
+        """The attacks and the defenses whose labels are among these names or shell patterns; all, where none is given.
 
         Raises:
             UsageError: there is none of a name; the message lists the known ones.
@@ -267,7 +260,6 @@ class Matrix:
             self,
             attacks=_matching("attack", self.attacks, attacks, [attack.label for attack in self.attacks]),
             defenses=_matching("defense", self.defenses, defenses, [defense.label for defense in self.defenses]),
-            seeds=_matching("seed", self.seeds, [*map(str, seeds)], [*map(str, self.seeds)]),
         )
 
     def check_settings(self) -> None:

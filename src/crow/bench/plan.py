@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from crow.bench.cells import Cell, Defend, Implant, Measure, Relearn, Work, examples
 from crow.bench.matrix import Attack, Backdoor, Candidate, Matrix
 from crow.bench.store import Store
-from crow.errors import CrowError
+from crow.errors import CrowError, UsageError
 from crow.generation import generate
 from crow.models import EMBEDDED_ID, open_model
 from crow.purification import CLEAN_EXAMPLES, purify
@@ -30,15 +30,27 @@ class Entry:
     defend: Defend | None
 
 
-def entries(matrix: Matrix) -> list[Entry]:
-    """Every measurement of a matrix, those that share a model next to each other."""
+def entries(matrix: Matrix, seeds: Sequence[int] = ()) -> list[Entry]:
+    """Every measurement of a matrix, those that share a model next to each other.
+
+    Args:
+        matrix: What is to be compared.
+        seeds: Of the matrix's seeds these alone; all by default. What does not depend on one is there in any case, as
+            in the whole matrix: on the first seed's examples.
+
+    Raises:
+        UsageError: the matrix has no such seed.
+    """
+    if unknown := [seed for seed in seeds if seed not in matrix.seeds]:
+        raise UsageError(f"no seed {unknown[0]} in the matrix; there are {', '.join(map(str, matrix.seeds))}")
     found: list[Entry] = []
     for model in matrix.models:
         for attack in matrix.attacks:
             settings = attack.training(matrix.implant)
             suspect = Implant(model, None, attack, 0, matrix.attacker_examples, settings) if attack.backdoors else None
             for candidate in matrix.defenses:
-                for seed in matrix.seeds if candidate.trains else matrix.seeds[:1]:
+                wanted = [seed for seed in matrix.seeds if not seeds or seed in seeds]
+                for seed in wanted if candidate.trains else matrix.seeds[:1]:
                     found += _of_defended(matrix, model, attack, suspect, candidate, seed)
     return found
 
