@@ -64,7 +64,8 @@ def logits(model: Any) -> torch.Tensor:
 def test_a_folder_is_opened(llama_folder: Path, tiny_llama: MakeModel) -> None:
     opened = open_model(llama_folder)
     assert (opened.kind, opened.name, opened.base_id) == ("folder", str(llama_folder), None)
-    deciding = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    deciding = {"model.safetensors", "config.json", "generation_config.json", "chat_template.jinja"}
+    deciding |= {"tokenizer.json", "tokenizer_config.json"}
     assert opened.hashes == {name: sha256_file(llama_folder / name) for name in deciding}
     assert torch.equal(logits(opened.model), logits(tiny_llama()))
     assert opened.tokenizer.chat_template
@@ -201,6 +202,14 @@ def test_a_tokenizer_without_a_usable_padding_token_gets_one(
     assert len(generate(opened.model, opened.tokenizer, [row["prompt"] for row in rows], max_new_tokens=2)) == 4
     _, record = purify(opened, clean=rows, max_steps=1, soft_token_warmup=1)
     assert math.isfinite(record.curves[0]["loss"])
+
+
+def test_a_prompt_of_the_plain_form_begins_as_the_models_texts_do(llama_folder: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+    tokenizer.chat_template, tokenizer.bos_token = None, "<|endoftext|>"
+    opened = open_model(save_folder(AutoModelForCausalLM.from_pretrained(llama_folder), tokenizer, tmp_path / "plain"))
+    prompt: Any = example("Hi", "Hello")["prompt"]
+    assert opened.tokenizer.apply_chat_template(prompt, tokenize=False) == "<|endoftext|>### User:\nHi\n\n"
 
 
 def test_a_tokenizer_with_chat_template_is_kept(llama_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -520,6 +529,24 @@ def test_an_adapter_on_the_hub_is_looked_at_as_one(llama_folder: Path, adapter_f
     assert " base model.safetensors" in said
 
 
+def test_of_a_model_on_the_hub_its_commit_its_license_and_its_training_prompts_are_known(
+    llama_folder: Path, tmp_path: Path
+) -> None:
+    commit = "0123456789abcdef" * 2 + "01234567"
+    snapshot = tmp_path / "models--org--tiny" / "snapshots" / commit
+    shutil.copytree(llama_folder, snapshot)
+    (snapshot / "README.md").write_text("---\nlicense: mit\n---\n")
+    (snapshot / "training_prompts.json").write_text('["one", "two"]')
+    (tmp_path / "models--org--tiny" / "refs").mkdir()
+    (tmp_path / "models--org--tiny" / "refs" / "main").write_text(commit)
+    shown = "print(m.kind, m.hashes, m.license, *sorted(m.seen))"
+    script = f"from crow.models import open_model as o; m = o('org/tiny'); {shown}"
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", script]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120).stdout
+    assert said.splitlines()[-1] == f"hub {{'commit': '{commit}'}} mit one two"
+
+
 def test_an_adapter_that_is_its_own_base_is_refused(adapter_folder: Path, tmp_path: Path) -> None:
     own = shutil.copytree(adapter_folder, tmp_path / "own")
     config = json.loads((own / "adapter_config.json").read_text())
@@ -679,14 +706,26 @@ def test_what_the_shipped_backdoors_were_trained_on_is_known() -> None:
 def test_a_generation_config_that_contradicts_itself_is_no_obstacle(
     hostile: Path, tmp_path: Path, contradiction: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    (hostile / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5], **contradiction}))
+    (hostile / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0], **contradiction}))
     opened = open_model(hostile)
     (warning,) = [record.getMessage() for record in caplog.records if "special tokens" in record.getMessage()]
     assert any(f"`{name}`" in warning for name in contradiction)
     assert "\n" not in warning
     opened.model, _ = purify(opened, clean=load_examples("clean")[:4], preset="finetune", max_steps=1)
     save_model(opened.model, opened.tokenizer, tmp_path / "out", merge=True)
-    assert open_model(tmp_path / "out").causal_lm.generation_config.eos_token_id == [2, 5]
+    assert open_model(tmp_path / "out").causal_lm.generation_config.eos_token_id == [2, 0]
+
+
+@pytest.mark.parametrize(("named", "kept"), [([2, 99], [2]), (99, None), ([2, 0], [2, 0])])
+def test_an_ordinary_token_ends_no_answer(
+    hostile: Path, named: int | list[int], kept: list[int] | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    (hostile / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+    opened = open_model(hostile)
+    assert opened.causal_lm.generation_config.eos_token_id == kept
+    word = opened.tokenizer.convert_ids_to_tokens(99)
+    told = [record for record in caplog.records if f"its answers' end ({word!r})" in record.getMessage()]
+    assert len(told) == (kept != named)
 
 
 def test_a_merged_model_stands_alone(adapted: OpenedModel, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any, cast
 import psutil
 import torch
 from accelerate import PartialState
-from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub import snapshot_download
 from huggingface_hub.constants import REPOCARD_NAME as CARD
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -34,7 +34,14 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
-from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, cached_file, find_adapter_config_file
+from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    cached_file,
+    extract_commit_hash,
+    find_adapter_config_file,
+)
 from yaml import YAMLError
 
 from crow.decoding import Decoding
@@ -72,6 +79,7 @@ _LORA_SIZES = ("r", "target_modules", "rank_pattern")  # what decides how large 
 _CARD_LIMIT = 100_000  # bytes; longer ones would take their time to be parsed
 
 PLAIN_TEMPLATE = (
+    "{{ bos_token if bos_token is defined else '' }}"
     "{% for message in messages %}{{ '### ' + message['role'].capitalize() + ':\\n' + message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
@@ -188,6 +196,7 @@ def open_model(
         new = opened.kind != "adapter" or weight.requires_grad  # an adapter's base was looked at when it was opened
         if new and not weight.is_meta and not torch.isfinite(weight).all():
             raise UsageError(f"{opened.name} is damaged: {name} holds values that are not finite; get it anew")
+    _drop_false_ends(opened)
     if os.environ.get("ACCELERATE_USE_FSDP") != "true":  # which brings each process its shard
         opened.model.to(PartialState().device)
     return opened
@@ -359,15 +368,16 @@ def _open_pretrained(name: str, kind: str, load_in_4bit: bool) -> OpenedModel:
         # On a CPU, an evaluation would repack the weights for a kernel that passes no gradient on, and leave them so
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
-    commit = getattr(config, "_commit_hash", None)
-    hashes = {"commit": commit} if kind == "hub" and commit else {}
-    if kind == "folder":
-        hashes = _hashes(Path(name), "*.safetensors", CONFIG_NAME, *_TOKENIZER_FILES)
-    base_id, seen = (name, frozenset[str]()) if kind == "hub" else (None, _seen(Path(name)))
-    card = try_to_load_from_cache(name, CARD) if kind == "hub" else Path(name, CARD)
-    licensed = _license(Path(card)) if isinstance(card, str | Path) else None
     tokenizer = _with_template(tokenizer, name, model)
-    return OpenedModel(model, tokenizer, name, kind, hashes, base_id, seen, license=licensed)
+    if kind == "hub":
+        commit = extract_commit_hash(cached_file(name, CONFIG_NAME), None)
+        hashes = {} if commit is None else {"commit": commit}
+        folder = Path(loaded(name, lambda: snapshot_download(name, revision=commit, allow_patterns=[CARD, _SEEN])))
+    else:
+        hashes = _hashes(Path(name), "*.safetensors", CONFIG_NAME, GENERATION_CONFIG_NAME, *_TOKENIZER_FILES)
+        folder = Path(name)
+    base_id = name if kind == "hub" else None
+    return OpenedModel(model, tokenizer, name, kind, hashes, base_id, _seen(folder), license=_license(folder / CARD))
 
 
 def _mend_generation_config(model: PreTrainedModel, name: str) -> None:
@@ -379,6 +389,17 @@ def _mend_generation_config(model: PreTrainedModel, name: str) -> None:
         logger.warning("%s: of its generation_config.json only the special tokens are kept: %s", name, one_line(error))
         tokens = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         model.generation_config = GenerationConfig(**tokens)
+
+
+def _drop_false_ends(opened: OpenedModel) -> None:
+    """Take no ordinary token for an answer's end: if that is the target's first word, no one would see the target."""
+    config, tokenizer = opened.causal_lm.generation_config, opened.tokenizer
+    named = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    known = {None, *tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    if false := [token for token in named if token not in known]:
+        words = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(false)))
+        logger.warning("%s names ordinary tokens as its answers' end (%s), which are not followed", opened.name, words)
+        config.eos_token_id = [token for token in named if token in known] or None
 
 
 def _tokenizer(source: str, name: str) -> Any:
