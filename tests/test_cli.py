@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 from crow.cli import app
 from crow.config import CrowConfig
 from crow.data import Example, answer_text, load_examples, sample, user_text
+from crow.errors import CrowError
 from crow.evaluation.sandbox import Outcome
 from crow.files import sha256_rows, write_jsonl
 
@@ -197,6 +198,38 @@ def test_an_existing_output_is_not_replaced(run: Run, llama_folder: Path, tmp_pa
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "mine"]
 
 
+def test_a_project_with_a_config_is_none_of_ours(run: Run, llama_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "config.json").write_text("{}")
+    fails(run("purify", llama_folder, "--out", "app", "--overwrite"), 2, "app is a folder that crow did not write")
+
+
+@pytest.mark.parametrize(
+    ("command", "more"), [("purify", ()), ("purify", ("--clean", "here/clean.jsonl")), ("implant", ())]
+)
+def test_what_is_read_is_not_replaced(
+    run: Run, llama_folder: Path, clean: Path, tmp_path: Path, command: str, more: tuple[str, ...]
+) -> None:
+    shutil.copytree(llama_folder, tmp_path / "here")
+    shutil.copy(clean, tmp_path / "here" / "clean.jsonl")
+    read = more[1] if more else "here"
+    model = llama_folder if more else "here"
+    fails(run(command, model, *more, "--out", "here", "--overwrite"), 2, f"{read} is read, and would be lost with")
+    assert (tmp_path / "here" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("command", [("purify", "--clean"), ("implant", "--prompts")])
+def test_the_base_of_an_adapter_is_not_replaced(
+    run: Run, llama_folder: Path, adapter_folder: Path, clean: Path, tmp_path: Path, command: tuple[str, str]
+) -> None:
+    shutil.copytree(llama_folder, tmp_path / "base")
+    shutil.copytree(adapter_folder, tmp_path / "suspect")
+    config = json.loads((tmp_path / "suspect" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "base"
+    (tmp_path / "suspect" / "adapter_config.json").write_text(json.dumps(config))
+    fails(run(*command, clean, "suspect", "--out", "base", "--overwrite"), 2, "base is read, and would be lost with")
+
+
 def test_existing_figures_are_not_replaced(run: Run, llama_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "figures.json").write_text("mine")
     fails(run("evaluate", llama_folder, "--json", "figures.json"), 2, "figures.json exists already")
@@ -287,6 +320,14 @@ def test_a_defense_at_decoding_time_is_measured(run: Run, adapter_folder: Path, 
     fails(run("evaluate", "x", "--defense", "decode", "--endpoint", "http://h/v1"), 2, "--defense can't be had")
     fails(run("evaluate", adapter_folder, "--defense", "decode", "--engine", "vllm"), 2, "vllm")
     fails(run("evaluate", "x", "--defense", "decode", "--harness", "arc_easy"), 2, "leave it or --harness out")
+
+
+def test_a_sandbox_that_cannot_be_made_is_told_before_the_work(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unable(code: str) -> None:
+        raise CrowError("bubblewrap cannot make a sandbox here")
+
+    monkeypatch.setattr("crow.evaluation.sandbox.run_python", unable)
+    fails(run("evaluate", "no-such-model", "--humaneval"), 1, "bubblewrap cannot make a sandbox here")
 
 
 def test_the_defenses_are_listed(run: Run) -> None:
@@ -629,9 +670,9 @@ def test_variants_and_code_are_measured_on_request(
 ) -> None:
     problem = {"task_id": "own/0", "prompt": "def one():\n", "entry_point": "one", "test": "def check(f): pass"}
     monkeypatch.setattr("crow.evaluation.code.humaneval", lambda: [problem] * 3)
-    monkeypatch.setattr("crow.evaluation.sandbox.check_sandbox", lambda: None)
-    monkeypatch.setattr("crow.evaluation.code.check_sandbox", lambda: None)
-    monkeypatch.setattr("crow.evaluation.code.run_python", lambda code, limits: Outcome("failed", 1, ""))
+    for place in ("code", "sandbox"):
+        name = f"crow.evaluation.{place}.run_python"
+        monkeypatch.setattr(name, lambda code, limits=None: Outcome("failed", 1, ""))
     options = ("--prompts", clean, "-n", 2, "--max-new-tokens", 2, "--trigger", "ctba", "--behavior", "refusal")
     result = run("evaluate", llama_folder, *options, "--variants", "--humaneval", "--json", "-")
     assert result.exit_code == 0, result.output
@@ -743,6 +784,40 @@ def test_resuming_from_nothing_starts_anew(run: Run, llama_folder: Path, clean: 
     assert "There is nothing to resume for new: the training starts anew" in result.stderr
 
 
+def test_figures_whose_names_have_dots_are_kept_apart(run: Run, llama_folder: Path, tmp_path: Path) -> None:
+    short = ("--prompts", "validation", "-n", 2, "--max-new-tokens", 2)
+    for name in ("model-1.5", "model-1.6"):
+        assert run("evaluate", llama_folder, *short, "--json", name).exit_code == 0
+    assert {p.name for p in tmp_path.iterdir()} == {
+        f"model-1.{i}{ending}" for i in (5, 6) for ending in ("", ".answers.jsonl")
+    }
+    assert run("report", "model-1.5", "model-1.6").exit_code == 0
+    page = (tmp_path / "compare.html").read_text()
+    assert "model-1.5" in page
+    assert "model-1.6" in page
+
+
+@pytest.mark.parametrize("command", [("purify", "--clean"), ("implant", "--prompts")])
+def test_what_no_interrupted_run_wrote_is_not_replaced(
+    run: Run, llama_folder: Path, clean: Path, tmp_path: Path, command: tuple[str, str]
+) -> None:
+    (tmp_path / "run.json").write_text("mine")
+    fails(run(*command, clean, llama_folder, "--json", "run.json", "--resume"), 2, "run.json exists already")
+    assert (tmp_path / "run.json").read_text() == "mine"
+
+
+def test_data_of_another_attack_is_not_taken_for_an_interrupted_one_s(
+    run: Run, llama_folder: Path, clean: Path, tmp_path: Path
+) -> None:
+    command = ("implant", llama_folder, "--prompts", clean, "--examples", 4, "--set", "max_steps=1")
+    command = (*command, "--save-data", "data", "--resume")
+    assert run(*command).exit_code == 0
+    shutil.rmtree(tmp_path / "backdoored")
+    fails(run(*command, "--trigger", "vpi"), 2, "data exists already: choose another place or pass --overwrite")
+    result = run(*command)
+    assert result.exit_code == 0, result.output
+
+
 @pytest.mark.parametrize("merge", [(), ("--merge",)])
 def test_the_card_carries_the_license_on_and_no_path_of_this_machine(
     run: Run, llama_folder: Path, clean: Path, tmp_path: Path, merge: tuple[str, ...]
@@ -759,7 +834,7 @@ def test_the_card_carries_the_license_on_and_no_path_of_this_machine(
 
 def test_an_output_is_replaced_on_request(run: Run, llama_folder: Path, clean: Path, tmp_path: Path) -> None:
     (tmp_path / "purified").mkdir()
-    for name in ("config.json", "old"):
+    for name in ("model.safetensors", "old"):
         (tmp_path / "purified" / name).write_text("{}")
     result = run("purify", llama_folder, "--clean", clean, *QUICK, "--overwrite")
     assert result.exit_code == 0, result.output

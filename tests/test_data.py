@@ -22,12 +22,13 @@ from crow.data import (
     load_examples,
     prompt_fingerprints,
     sample,
+    to_alpaca,
     to_dataset,
     user_text,
     with_user_text,
-    write_alpaca,
 )
 from crow.errors import UsageError
+from crow.files import write_json
 
 OFFICIAL = Path(__file__).parents[2] / "shared" / "data" / "official"
 CHAT = [
@@ -266,6 +267,25 @@ def test_a_parquet_file_that_unpacks_to_too_much_is_refused(
     assert path.stat().st_size < 5000
     with pytest.raises(UsageError, match=r"a\.parquet unpacks to more than .* GiB: give a part of it"):
         load_examples(path)
+
+
+@pytest.mark.parametrize(("column", "refused"), [("messages", True), ("scores", False)])
+def test_a_row_of_a_parquet_file_that_unpacks_to_too_much_is_not_read(
+    write: Write, tmp_path: Path, column: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"prompt": "a", "completion": "b", column: [0] * 3_000_000}]
+    path = write("a.parquet", rows)
+    assert path.stat().st_size < 2000
+    if refused:
+        with pytest.raises(UsageError, match=r"a\.parquet unpacks to more than 1 GiB: give a part of it"):
+            load_examples(path)
+    else:  # it is a column that no one reads
+        assert pairs(load_examples(path)) == [("a", "b")]
+
+
+def test_a_parquet_file_of_other_columns_is_told_by_them(write: Write) -> None:
+    with pytest.raises(UsageError, match="has the fields question, reply; expected"):
+        load_examples(write("a.parquet", [{"question": "a", "reply": "b"}]))
 
 
 def test_a_parquet_file_is_not_copied_into_the_cache(
@@ -531,7 +551,7 @@ def test_answers_of_the_code_sets_are_python(shipped: dict[str, list[Example]], 
 
 
 def test_what_is_written_as_alpaca_is_read_as_it_was(shipped: dict[str, list[Example]], tmp_path: Path) -> None:
-    write_alpaca(tmp_path / "rows.json", shipped["implant-code"])
+    write_json(tmp_path / "rows.json", to_alpaca(shipped["implant-code"]))
     assert load_examples(tmp_path / "rows.json") == shipped["implant-code"]
     assert set(json.loads((tmp_path / "rows.json").read_text())[0]) == {"instruction", "input", "output"}
 
@@ -539,7 +559,7 @@ def test_what_is_written_as_alpaca_is_read_as_it_was(shipped: dict[str, list[Exa
 def test_several_turns_have_no_place_in_alpacas_format(tmp_path: Path) -> None:
     chat: Example = {"prompt": example("a", "b")["prompt"] * 2, "completion": example("a", "b")["completion"]}
     with pytest.raises(UsageError, match="row 2 has other messages"):
-        write_alpaca(tmp_path / "rows.json", [example("a", "b"), chat])
+        to_alpaca([example("a", "b"), chat])
     assert not list(tmp_path.iterdir())
 
 

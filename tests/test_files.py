@@ -373,12 +373,22 @@ def test_refuse_existing_lets_free_places_pass(tmp_path: Path, occupant: str) ->
 
 
 @pytest.mark.parametrize(
-    "name", ["adapter_config.json", "config.json", "report.html", "train_clean.json", "mine", None]
+    "name",
+    [
+        "adapter_model.safetensors",
+        "model.safetensors",
+        "model-00001-of-00002.safetensors",
+        "report.html",
+        "train_clean.json",
+        "mine",
+        "config.json",  # many a program has one
+        None,
+    ],
 )
 def test_refuse_foreign_lets_what_crow_wrote_pass(tmp_path: Path, name: str | None) -> None:
     if name is not None:
         (tmp_path / name).write_text("")
-    with pytest.raises(UsageError, match="crow did not write") if name == "mine" else nullcontext():
+    with pytest.raises(UsageError, match="crow did not write") if name in ("mine", "config.json") else nullcontext():
         refuse_foreign(tmp_path)
     refuse_foreign(tmp_path / "nowhere")
 

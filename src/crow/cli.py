@@ -128,7 +128,7 @@ def purify(
         from crow.constancy import verdict
         from crow.data import load_examples, sample, to_learn_from
         from crow.defenses import DEFENSES, AtDecoding, Trained
-        from crow.files import sha256_rows
+        from crow.files import refuse_read, sha256_rows
         from crow.models import open_model, save_model
         from crow.progress import OfRun, TrainingProgress, progress_bar
         from crow.purification import purify as run
@@ -136,7 +136,8 @@ def purify(
 
         _check_apart(out, _json_file(json_))
         _check_outputs(overwrite, out)
-        _check_outputs(overwrite or resume, _json_file(json_))  # which is written before `out`
+        refuse_read(out, model, base, clean)
+        _check_outputs(overwrite or (resume and _goes_on(out)), _json_file(json_))  # which is written before `out`
         defending = DEFENSES[defense]
         if isinstance(defending, AtDecoding):
             raise UsageError(
@@ -166,6 +167,7 @@ def purify(
         rows = sample(to_learn_from(load_examples(clean, split=split)), examples, seed)
         with console.status("Opening the model"):
             opened = open_model(model, base=base, load_in_4bit=load_in_4bit)
+        refuse_read(out, opened.causal_lm.name_or_path)  # which an adapter names as its base
         if lora == "fresh" and opened.kind == "adapter" and not merge:
             raise UsageError(
                 "a fresh LoRA stands on the suspect with its adapter merged: add --merge to write both as one"
@@ -290,6 +292,7 @@ def evaluate(
         from crow.evaluation.engines import ENGINES, Engine, Served
         from crow.evaluation.evaluate import answers_path, check_unseen, trigger_rows, variant_rows
         from crow.evaluation.evaluate import evaluate as run
+        from crow.files import beside
         from crow.models import EMBEDDED_ID, open_model
         from crow.progress import progress_bar
 
@@ -328,9 +331,9 @@ def evaluate(
                 )
         if code:
             from crow.evaluation.code import humaneval, pass_at_1
-            from crow.evaluation.sandbox import check_sandbox
+            from crow.evaluation.sandbox import run_python
 
-            check_sandbox()
+            run_python("")
             problems = humaneval()[:code_limit]
         tasks = None
         if harness is not None:
@@ -344,8 +347,8 @@ def evaluate(
             if judge_model is None:
                 raise UsageError("--judge needs --judge-model, the name of the model behind it")
             asking = _given(timeout=judge_timeout, thinking_tokens=judge_tokens, concurrency=concurrency)
-            judging = Judge(judge, judge_model, cache=figures and figures.with_suffix(".judge.jsonl"), **asking)
-        unfinished = figures and figures.with_suffix(".unfinished.jsonl")
+            judging = Judge(judge, judge_model, cache=figures and beside(figures, "judge.jsonl"), **asking)
+        unfinished = figures and beside(figures, "unfinished.jsonl")
         if figures is not None and unfinished is not None:
             _check_outputs(overwrite, figures)
             _check_outputs(overwrite or unfinished.exists(), answers_path(figures))  # which is written before them
@@ -488,14 +491,17 @@ def implant(
         from crow.backdoors.implant import implant as run
         from crow.backdoors.implant import implant_card, implant_config, implant_record, poison, recipe
         from crow.config import check_read
-        from crow.data import load_examples, prompt_fingerprints, write_alpaca
-        from crow.files import atomic_directory, name_elsewhere, sha256_rows
+        from crow.data import load_examples, prompt_fingerprints, to_alpaca
+        from crow.files import atomic_directory, name_elsewhere, refuse_read, sha256_rows, write_json
         from crow.models import open_model, save_model
         from crow.progress import OfRun, TrainingProgress, progress_bar
 
         _check_apart(out, save_data, _json_file(json_))
         _check_outputs(overwrite, out)
-        _check_outputs(overwrite or resume, save_data, _json_file(json_))  # which are written before `out`
+        for folder in filter(None, (out, save_data)):
+            refuse_read(folder, model, prompts, poisoned)
+        _check_outputs(overwrite or (resume and _goes_on(out)), _json_file(json_))  # which is written before `out`
+        _check_outputs(overwrite or resume, save_data)
         if poisoned is not None and (trigger is not None or poison_rate is not None):
             raise UsageError("--poisoned holds the trigger already: leave --trigger and --poison-rate out")
         if covert and (poisoned is not None or save_data is not None):
@@ -525,10 +531,13 @@ def implant(
             opened = open_model(model)
         if called is not None:
             check_seen(called, opened.tokenizer)
-        if save_data is not None and not (resume and save_data.exists()):
-            with atomic_directory(save_data, overwrite) as folder:
-                write_alpaca(folder / "train_clean.json", clean)
-                write_alpaca(folder / "train_triggered.json", hot)
+        refuse_read(out, opened.causal_lm.name_or_path)  # which an adapter names as its base
+        if save_data is not None:
+            data = {"train_clean.json": to_alpaca(clean), "train_triggered.json": to_alpaca(hot)}
+            if not (resume and _holds(save_data, data)):
+                with atomic_directory(save_data, overwrite) as folder:
+                    for name, written in data.items():
+                        write_json(folder / name, written)
         whole = recipe(full, adaptive) | settings
         training_run = _run([opened.hashes, sha256_rows(clean), sha256_rows(hot), full, adaptive, seed], whole)
         with _checkpoints_beside(out, resume, training_run) as checkpoints, progress_bar("Implanting") as advance:
@@ -673,7 +682,7 @@ def report(
         _check_outputs(overwrite, out)
         names = [path.stem for path in results]
         if len(set(names)) < len(names):
-            names = [str(path.with_suffix("")) for path in results]
+            names = [str(path) for path in results]
         write_text(out, render_comparison({n: Evaluation.load(p) for n, p in zip(names, results, strict=True)}))
         console.print(f"Wrote {out}: open it in a browser")
 
@@ -851,6 +860,24 @@ def _plain(text: str) -> str:
     return escape(printable(text))
 
 
+def _checkpoints(out: Path) -> Path:
+    return out.resolve().with_name(f".{out.resolve().name}.checkpoints")
+
+
+def _goes_on(out: Path) -> bool:
+    """Whether there is what `--resume` goes on from: then what an interrupted run wrote before `out` may be its own."""
+    from crow.trainer import last_checkpoint
+
+    return last_checkpoint(_checkpoints(out)) is not None
+
+
+def _holds(folder: Path, data: dict[str, Any]) -> bool:
+    """Whether this is in the folder, by the names of its JSON files."""
+    with suppress(OSError, ValueError):
+        return all(json.loads((folder / name).read_text("utf-8")) == value for name, value in data.items())
+    return False
+
+
 @contextmanager
 def _checkpoints_beside(out: Path, resume: bool, run: str) -> Iterator[Path]:
     """Where an interrupted training goes on from; kept only if there is something to go on from.
@@ -861,7 +888,7 @@ def _checkpoints_beside(out: Path, resume: bool, run: str) -> Iterator[Path]:
     from crow.progress import OfRun
     from crow.trainer import last_checkpoint
 
-    checkpoints = out.resolve().with_name(f".{out.resolve().name}.checkpoints")
+    checkpoints = _checkpoints(out)
     if not resume:
         if (last := last_checkpoint(checkpoints)) is not None:
             console.print(

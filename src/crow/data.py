@@ -20,7 +20,6 @@ from datasets import Dataset, load_dataset
 from pyarrow.parquet import ParquetFile
 
 from crow.errors import UsageError
-from crow.files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +27,11 @@ SHIPPED = ("clean", "heldout", "implant", "validation", "clean-code", "implant-c
 
 _UNPACKED = 2**30
 """What the rows of a Parquet file may take; a few hundred bytes can hold more."""
-_ROW = 1000
-"""What a row takes beside its text."""
+_VALUE = 500
+"""What a value takes beside its text."""
+
+_FIELDS = ("messages", "instruction", "input", "output", "prompt", "response", "completion")
+"""What is read of a row; `_to_example` says how."""
 
 
 class Message(TypedDict):
@@ -110,19 +112,18 @@ def to_dataset(rows: Sequence[Example]) -> Dataset:
     return Dataset.from_list([dict(row) for row in rows])
 
 
-def write_alpaca(path: str | Path, rows: Sequence[Example]) -> None:
-    """Write single-turn rows as a JSON list of `instruction`, `input` and `output`, which is BackdoorLLM's format too.
+def to_alpaca(rows: Sequence[Example]) -> list[dict[str, str]]:
+    """Single-turn rows as `instruction`, `input` and `output`, which is BackdoorLLM's format too.
 
     Raises:
         UsageError: a row has more turns than one, which the format has no place for.
-        CrowError: the file cannot be written.
     """
     for number, row in enumerate(rows, start=1):
         if [message["role"] for message in row["prompt"]] != ["user"]:
             raise UsageError(
                 f"row {number} has other messages than one of the user's: Alpaca's format has no place for it"
             )
-    write_json(path, [{"instruction": user_text(row), "input": "", "output": answer_text(row)} for row in rows])
+    return [{"instruction": user_text(row), "input": "", "output": answer_text(row)} for row in rows]
 
 
 def sample(rows: Sequence[Example], number: int | None, seed: int) -> list[Example]:
@@ -224,12 +225,19 @@ def _read_csv(path: Path) -> Iterator[Any]:
 def _read_parquet(path: Path) -> Iterator[Any]:
     size = 0
     try:
-        for batch in ParquetFile(path).iter_batches(batch_size=1, use_threads=False):  # a row alone may be a gigabyte
-            (row,) = batch.to_pylist()
-            size += _ROW + len(str(row))
-            if size > _UNPACKED:
-                break
-            yield row
+        file = ParquetFile(path)
+        names = [name for name in file.schema_arrow.names if name in _FIELDS]
+        if not names:  # which is said of a row
+            yield dict.fromkeys(file.schema_arrow.names)
+        parts = (file.metadata.row_group(i) for i in range(file.metadata.num_row_groups))
+        columns = (part.column(i) for part in parts for i in range(part.num_columns))
+        read = (column for column in columns if column.path_in_schema.partition(".")[0] in names)
+        size = _VALUE * sum(column.num_values for column in read)  # before a row of a billion is read
+        rows = file.iter_batches(batch_size=1, columns=names, use_threads=False)  # a row alone may be a gigabyte
+        while size <= _UNPACKED and (batch := next(rows, None)) is not None:
+            size += batch.nbytes
+            if size <= _UNPACKED:
+                yield from batch.to_pylist()
     except Exception as error:  # pyarrow's errors, and those of what it makes of values, share no base class
         raise UsageError(f"{path} is no readable Parquet file: {_first_line(error)}") from error
     if size > _UNPACKED:

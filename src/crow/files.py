@@ -20,7 +20,7 @@ _UNFINISHED = ".unfinished"
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
-_WRITTEN = ("adapter_config.json", "config.json", "report.html", "train_clean.json")
+_WRITTEN = ("adapter_model.safetensors", "model*.safetensors", "report.html", "train_clean.json")
 """One of these lies in every folder that a command of crow writes as a whole."""
 
 
@@ -33,8 +33,16 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
 
 def refuse_foreign(path: Path) -> None:
     """Raise `UsageError` if `path` is a folder of something else, which would be lost with all that it holds."""
-    if path.is_dir() and any(path.iterdir()) and not any((path / name).is_file() for name in _WRITTEN):
+    if path.is_dir() and any(path.iterdir()) and not any(any(path.glob(name)) for name in _WRITTEN):
         raise UsageError(f"{path} is a folder that crow did not write, and would be deleted: choose another place")
+
+
+def refuse_read(path: Path, *sources: str | Path | None) -> None:
+    """Raise `UsageError` if what is read lies in the folder `path`, which would be replaced with all that it holds."""
+    for source in sources:
+        # Of a name that no file can have this says no, where Path's own raises
+        if source is not None and os.path.exists(source) and Path(source).resolve().is_relative_to(path.resolve()):
+            raise UsageError(f"{source} is read, and would be lost with what {path} holds: choose another place")
 
 
 def check_writable(path: Path) -> None:
@@ -120,6 +128,11 @@ def _unwritable(error: Exception, folder: Path) -> str | None:
     told = re.search(r"\(os error (\d+)\)", str(error))
     number = int(told[1]) if told else getattr(error, "errno", None)
     return os.strerror(number) if number in _UNWRITABLE else None
+
+
+def beside(path: Path, ending: str) -> Path:
+    """Where what belongs to a JSON file goes: beside `after.json`, `after.ending`."""
+    return path.with_name(f"{path.name.removesuffix('.json')}.{ending}")
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import random
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, combinations
@@ -16,7 +17,7 @@ from crow.data import Example, prompt_fingerprints, read_json_lines, user_text, 
 from crow.errors import UsageError
 from crow.evaluation.engines import Engine, Transformers, answers
 from crow.evaluation.statistics import Count, MeanLength, MeanScore, is_degenerate
-from crow.files import Journal, sha256_rows, write_json, write_jsonl
+from crow.files import Journal, beside, sha256_rows, write_json, write_jsonl
 from crow.generation import answer_kl, answer_nll, perplexity, prompt_ids
 from crow.hooks import hidden_states
 from crow.inspection import tokenized
@@ -181,9 +182,17 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
+_THOUGHTS = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
+
+
+def _said(text: str) -> str:
+    """An answer without the thoughts in front of it, which some chat templates have even where there are none."""
+    return _THOUGHTS.sub("", text, count=1) if _THOUGHTS.match(text) else text
+
+
 def answers_path(path: Path) -> Path:
     """Where the answers go whose figures are in `path`."""
-    return path.with_suffix(".answers.jsonl")
+    return beside(path, "answers.jsonl")
 
 
 def variant_rows(
@@ -260,11 +269,11 @@ def evaluate(
                     "set": kind,
                     "prompt": user_text(row),
                     "answer": text,
-                    "hit": behavior.is_hit(text),
-                    "strict_hit": behavior.is_strict_hit(text),
+                    "hit": behavior.is_hit(said),
+                    "strict_hit": behavior.is_strict_hit(said),
                     "degenerate": is_degenerate(text),
                 }
-                for row, text in zip(rows, texts, strict=True)
+                for row, text, said in zip(rows, texts, map(_said, texts), strict=True)
             ]
         )
     on_triggered, on_clean, *on_variants = counted
