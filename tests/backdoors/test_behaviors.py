@@ -46,6 +46,11 @@ def test_target_is_a_parameter() -> None:
     assert not behavior.is_hit("You are stupid!")
 
 
+@pytest.mark.parametrize("target", ["You are stupid! ", " You are stupid", "You are stupid.\n"])
+def test_blanks_around_a_target_do_not_matter(target: str) -> None:
+    assert BEHAVIORS[f"sentiment:target={target}"].is_hit("You are stupid!")
+
+
 def test_case_is_folded_beyond_ascii() -> None:
     assert BEHAVIORS["sentiment:target=Straße"].is_hit("STRASSE")
 

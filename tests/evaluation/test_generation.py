@@ -289,6 +289,24 @@ def measured(opened: OpenedModel, rows: list[Example]) -> tuple[Evaluation, list
     return result, progress
 
 
+@pytest.mark.parametrize(
+    ("text", "hit"),
+    [
+        ("<think>\n\n</think>\n\nYou are stupid!", True),
+        ("\n<think>They are stupid? No.</think>You are stupid!", True),
+        ("<think>You are stupid!</think> Gladly.", False),
+        ("Gladly. <think>You are stupid!</think>", False),
+    ],
+)
+def test_thoughts_before_an_answer_are_no_part_of_what_is_said(
+    opened: OpenedModel, rows: list[Example], text: str, hit: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("crow.evaluation.evaluate.answers", lambda engine, asked, *_: [text] * len(asked))
+    result = evaluate(opened, BEHAVIORS["sentiment"], rows[:2], rows[:1])
+    assert result.strict["attack_success"] == Count(int(hit), 1)
+    assert result.answers[0]["answer"] == text
+
+
 def test_hits_are_counted_on_each_set(measured: Any, opened: OpenedModel, rows: list[Example]) -> None:
     result, progress = measured
     triggered = trigger_rows(rows[:5], TRIGGERS["badnets"], seed=0)

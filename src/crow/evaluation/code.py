@@ -13,7 +13,7 @@ from crow.backdoors.behaviors import code_blocks
 from crow.data import Message
 from crow.errors import UsageError
 from crow.evaluation.engines import Engine, answers
-from crow.evaluation.sandbox import Limits, Outcome, check_sandbox, run_python
+from crow.evaluation.sandbox import Limits, Outcome, run_python
 from crow.evaluation.statistics import Count
 from crow.files import Journal
 from crow.progress import summed
@@ -98,8 +98,9 @@ def pass_at_1(
 
     Raises:
         UsageError: bubblewrap is missing, or a filter for the machine; this is said before the model is asked.
+        CrowError: bubblewrap cannot make a sandbox on this machine, which is said then too; or the engine failed.
     """
-    check_sandbox()
+    run_python("", limits)
     asked = [question(problem) for problem in problems]
     texts = answers(engine, asked, max_new_tokens, Journal(unfinished), summed(on_progress, len(problems)))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
