@@ -660,7 +660,8 @@ def bench(
             keep = matrix.keep_models
             with _keeping(store.cells):
                 failures = run_cells(measures, cells, store, runner, keep_models=keep, on_finished=_say_if_failed)
-        page = write_leaderboard(planned, store, folder, title=config)
+        part = [*(attack or ()), *(defense or ()), *(f"seed {s}" for s in seed or ())]
+        page = write_leaderboard(planned, store, folder, title=f"{config}, of it {', '.join(part)}" if part else config)
         console.print(f"Leaderboard in {page}, and beside it as Markdown and CSV")
         if failed := [reason for reason in failures.values() if not reason.startswith(REFUSED)]:
             raise CrowError(f"{len(failed)} of {len(cells)} cells failed; the same command tries them again")
@@ -897,6 +898,7 @@ def _checkpoints_beside(out: Path, resume: bool, run: str) -> Iterator[Path]:
         shutil.rmtree(checkpoints, ignore_errors=True)
     elif last_checkpoint(checkpoints) is None:
         console.print(f"There is nothing to resume for {_plain(str(out))}: the training starts anew")
+        shutil.rmtree(checkpoints, ignore_errors=True)
     elif (of := checkpoints / OfRun.FILE).is_file() and of.read_text("utf-8") != run:
         raise UsageError(
             f"what was interrupted for {out} began with another model, other data or settings, or another seed: "

@@ -182,10 +182,13 @@ class CrowConfig(SFTConfig):
         return self.perturbs and self.perturbation in _INSERTING
 
 
-CHOSEN = {"seed", "output_dir", "resume_from_checkpoint", "trust_remote_code"} | {
-    f.name for f in fields(CrowConfig) if f.name.startswith(("push_to_hub", "hub_"))
-}
-"""What neither `--set` nor a matrix may set: crow does, or it would send a suspect's weights away or run its code."""
+_FILES = {"deepspeed", "fsdp_config", "accelerator_config"}  # or what is in them: accelerate launch has its own
+CHOSEN = (
+    {"seed", "output_dir", "resume_from_checkpoint", "trust_remote_code"}
+    | _FILES
+    | {f.name for f in fields(CrowConfig) if f.name.startswith(("push_to_hub", "hub_"))}
+)
+"""What neither `--set` nor a matrix may set: crow does, or it would read files, send weights away or run their code."""
 
 Config = TypeVar("Config", bound=CrowConfig)
 
@@ -206,7 +209,7 @@ def configured(kind: type[Config], output_dir: str | Path, settings: Mapping[str
         raise UsageError(f"a setting has no value that it can have: {error}") from error
 
 
-_AT_LEAST_ONE = ("soft_tokens", "target_top_k", "calibration_steps", "ascend_every")
+_AT_LEAST_ONE = ("soft_tokens", "target_top_k", "calibration_steps", "ascend_every", "per_device_train_batch_size")
 _TERMS = ("alpha", "beta", "anchor", "unlikelihood")
 _COUNTS = (*_AT_LEAST_ONE, "soft_token_pool", "soft_token_warmup", "trigger_guesses")
 _POSITIVE = (
@@ -293,12 +296,13 @@ def unread(settings: Mapping[str, Any]) -> dict[str, str]:
 def settled(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What decides a training: these settings and the defaults of `CrowConfig`'s others.
 
-    What is off or never read is left out, so that a setting which comes to be later changes no training without it.
+    What is off or never read is left out, so that a setting which comes to be later changes no training without it; of
+    the trainer's own settings, whose defaults are no `None`, a `None` stays.
     """
     defaults = {f.name: f.default for f in fields(CrowConfig) if f.name in CrowConfig.__annotations__}
     values = {**defaults, **settings}
     idle = unread(values)
-    return {name: value for name, value in values.items() if value is not None and name not in idle}
+    return {name: v for name, v in values.items() if name not in idle and (v is not None or name not in defaults)}
 
 
 def check_read(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """A matrix run for real on the tiny model: once, cut off, and with cells that fail."""
 
 import csv
+import gc
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,8 +26,9 @@ from typer.testing import CliRunner
 import crow.trainer
 from crow.bench.leaderboard import results, tables
 from crow.bench.matrix import CONFIGS, Matrix
-from crow.bench.plan import entries, missing
-from crow.bench.store import Store
+from crow.bench.plan import entries, estimate, missing
+from crow.bench.run import run
+from crow.bench.store import Store, compute
 from crow.cli import app
 from crow.errors import UsageError
 
@@ -262,6 +265,52 @@ def test_what_broke_is_tried_again(
     assert again.exit_code == 0, again.output
     assert "Cells to run: 2" in again.output
     assert json.loads((tmp_path / "out" / "failures.json").read_text()) == {}
+    with (tmp_path / "out" / "leaderboard.csv").open() as table:
+        _, prune = csv.DictReader(table)
+    assert float(prune["seconds"]) > 0  # of a try that had come to nothing there was nothing to go on from
+
+
+def test_what_was_not_tried_again_keeps_its_reason(tmp_path: Path) -> None:
+    measures = [entry.measure for entry in entries(Matrix.read(SMALL | {"attacks": ["none"], "relearn": []}))]
+    store, (first, *_, last) = Store(tmp_path), missing(measures, Store(tmp_path))
+    store.cells.mkdir()
+    store.failures = {first.key: "no luck", last.key: "no luck either"}
+
+    class Stopped:
+        def run(self, cells: Any, store: Store, finished: Any) -> None:
+            finished(first, None)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(measures, [first, last], store, Stopped())
+    assert store.failures == {last.key: "no luck either"}
+
+
+def test_no_cell_holds_what_the_one_before_it_had(tmp_path: Path) -> None:
+    made: list[weakref.ref[Any]] = []
+
+    def run_cell(*_: Any) -> None:
+        assert not any(held() for held in made)
+        circle: Any = torch.nn.Module()
+        circle.itself = [circle]  # as a trainer and its callbacks are
+        made.append(weakref.ref(circle))
+
+    cell: Any = SimpleNamespace(run=run_cell, label="", source=None, facts=dict)
+    gc.disable()
+    try:
+        for _ in range(2):
+            compute(cell, tmp_path, None, tmp_path / "scratch", lambda done, total: None)
+    finally:
+        gc.enable()
+    assert len(made) == 2
+
+
+def test_a_pace_that_cannot_be_taken_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(*args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("crow.bench.plan.calibrate", short)
+    assert estimate(missing([entry.measure for entry in entries(Matrix.read(SMALL))], Store(Path("nowhere")))) is None
 
 
 def test_a_training_that_was_cut_off_goes_on(

@@ -45,7 +45,7 @@ def test_few_hits_are_not_rounded_away() -> None:
     square = line(found).squares["badnets/sentiment"]
     assert square.count("attack_success") == Count(1, 200)
     assert square.rate == pytest.approx(1 / 600)
-    assert "| 1/200 (0.1 to 2.8%); seeds 1, 0, 0 |" in as_markdown(results(found))
+    assert "| 1/200 (0.1 to 2.8%); seeds 1, 0, 0 |" in as_markdown(results(found), "title")
 
 
 def test_weights_say_nothing_of_a_defense_at_decoding_time() -> None:
@@ -74,11 +74,16 @@ def test_a_seed_that_is_missing_may_be_the_worst(outcome: str | None) -> None:
     assert (part.mean("perplexity"), found.ratio("badnets/sentiment")) == (None, None)
     assert (whole.rate, whole.mean("perplexity")) == (0.02, 14)
     said = "1 of 3 seeds not measured" + (f", failed: {outcome}" if outcome else "")
-    assert f"| 0/200 (0.0 to 1.9%); seeds 0, 0; {said} |" in as_markdown(results(hits))
+    assert f"| 0/200 (0.0 to 1.9%); seeds 0, 0; {said} |" in as_markdown(results(hits), "title")
     page = render_leaderboard(results(hits), "title")
     shown = '<span class="badge hit">failed</span>' if outcome else "incomplete"
     assert f'<td data-value="">{shown}<br><small>0/200, 0.0\N{EN DASH}1.9%; seeds: 0, 0; {said}' in page
     assert "crow: not measured, 2" in page
+
+
+def test_shares_are_means_over_seeds_that_nothing_rounds() -> None:
+    assert line({"badnets/sentiment": [1, 0, 0]}).share("false_trigger") == pytest.approx(1 / 600)
+    assert line({"badnets/sentiment": [1, None, 0]}).share("false_trigger") is None
 
 
 def test_a_line_that_is_whole_is_in_all_summaries() -> None:
@@ -90,9 +95,15 @@ def test_a_line_that_is_whole_is_in_all_summaries() -> None:
     assert "crow 2% at 1.40" in page
 
 
+def test_a_part_of_a_matrix_is_named_as_one() -> None:
+    assert as_markdown(results({"badnets/sentiment": [2, 4, 6]}), "smollm2, of it <seed 0>").startswith(
+        "# smollm2, of it &lt;seed 0&gt;\n\n## "
+    )
+
+
 def test_hostile_names_are_shown_and_do_nothing() -> None:
     hits: Hits = {"badnets:word=\x1b[2J\u202e\ud800<script>/sentiment": [2, 4, 6]}
     page = render_leaderboard(results(hits), "title")
-    made = page + as_markdown(results(hits)) + as_csv(results(hits))
+    made = page + as_markdown(results(hits), "title") + as_csv(results(hits))
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", made)
     assert page.count("<script") == 1

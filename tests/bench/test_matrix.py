@@ -122,6 +122,14 @@ def test_a_changed_setting_runs_what_depends_on_it(changes: dict[str, Any], stay
     assert len(keys() & keys(**changes)) == stay
 
 
+@pytest.mark.parametrize("name", ["max_length", "max_grad_norm"])
+def test_what_is_switched_off_is_another_training(name: str) -> None:
+    plain = keys(defenses=["crow"])
+    assert len(plain & keys(defenses=[{"defense": "crow", name: None}])) == 1
+    assert not plain & keys(defenses=["crow"], implant={name: None})
+    assert keys(defenses=[{"defense": "crow", "alpha": None}]) == plain
+
+
 @pytest.mark.parametrize("defense", ["quantize", "prune:method=magnitude"])
 @pytest.mark.parametrize("changes", [{"seeds": [1]}, {"examples": 50}])
 def test_what_a_defense_does_not_read_runs_nothing_again(defense: str, changes: dict[str, Any]) -> None:
@@ -334,6 +342,22 @@ def test_what_cells_take() -> None:
         ({"seeds": [0, 0]}, "seeds: 0 is there twice"),
         ({"cpus": "many"}, "cpus is 'many'"),
         ({"colour": 1}, "matrix: unknown colour; known are attacks"),
+        ({"number": None}, "number is None; it must be a whole number"),
+        ({"examples": None}, "examples is None; it must be a whole number"),
+        ({"clean": ["a.jsonl", "b.jsonl"]}, "clean is ['a.jsonl', 'b.jsonl']; it must be a name or a file"),
+        ({"prompts": 3}, "prompts is 3; it must be a name or a file"),
+        ({"seeds": [-1]}, "seeds is to be a list of whole numbers, none below 0"),
+        ({"defenses": [{"defense": "crow", 3: 4}]}, "no such setting: 3"),
+        ({"defenses": [{"defense": "prune", 3: 4}]}, "does not train: leave 3 out"),
+        (
+            {"training": {"per_device_train_batch_size": 0}},
+            "per_device_train_batch_size is 0; it must be a whole number",
+        ),
+        ({"training": {"accelerator_config": "/etc/passwd"}}, "training: no such setting: accelerator_config"),
+        ({"implant": {"deepspeed": "zero3.json"}}, "implant: no such setting: deepspeed"),
+        ({"defenses": ["cleangen"]}, "cleangen needs a clean reference model"),
+        ({"defenses": ["bd-vax:variants=8"]}, "variants must be from 2 to 7"),
+        ({"defenses": ["bd-vax:variant_rate=0"]}, "variant_rate is 0"),
     ],
 )
 def test_what_a_matrix_may_not_hold(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

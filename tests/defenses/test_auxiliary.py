@@ -8,12 +8,12 @@ import torch
 from conftest import tiny_model
 from peft import PeftModel, get_peft_model
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 import crow.defenses.auxiliary as auxiliary
 from crow.data import Example, answer_text, user_text
 from crow.defenses import DEFENSES
-from crow.defenses.auxiliary import OWN, own_backdoor, suspicion
+from crow.defenses.auxiliary import OWN, BdVax, own_backdoor, suspicion
 from crow.errors import Unfit, UsageError
 from crow.models import OpenedModel, lora_config, open_model
 from crow.report import model_card
@@ -89,6 +89,27 @@ def cleared(monkeypatch: pytest.MonkeyPatch, opened: OpenedModel, rows: list[Exa
     with pytest.raises(StopIteration) as stopped:
         DEFENSES["bd-vax:variants=3,examples=4"].apply(opened, rows, **STEPS)
     return stopped.value.value, trained
+
+
+@pytest.mark.parametrize("folder", ["adapter_folder", "llama_folder"])
+def test_bd_vax_goes_on_with_the_channels_that_it_had_cleared(
+    folder: str, rows: list[Example], tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = request.getfixturevalue(folder)
+    defense, whole = DEFENSES["bd-vax:variants=2,examples=4"], {**STEPS, "max_steps": 2}
+    expected, _ = defense.apply(open_model(path), rows, **whole)
+    saving = whole | {"output_dir": tmp_path, "save_steps": 1}
+
+    class Stop(TrainerCallback):
+        def on_save(self, *args: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        defense.apply(open_model(path), rows, **saving, callbacks=[Stop()])
+    monkeypatch.setattr(BdVax, "_score", None)
+    resumed, _ = defense.apply(open_model(path), rows, **saving, resume=True)
+    for one, other in zip(expected.parameters(), resumed.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_the_most_suspicious_updates_of_an_adapter_are_zeroed(

@@ -132,9 +132,12 @@ class Line:
 
     def share(self, name: str) -> float | None:
         """The mean rate of one of the figures' counts over all columns, when all are measured."""
-        counts = [square.count(name) for square in self.squares.values() if not square.missing]
-        rates = [count.rate for count in counts if count is not None]
-        return statistics.fmean(rates) if rates and len(rates) == len(self.squares) else None
+        squares = self.squares.values()
+        if any(square.missing or not square.measured for square in squares):
+            return None
+        return statistics.fmean(
+            statistics.fmean(getattr(figures, name).rate for _, figures in square.measured) for square in squares
+        )
 
     def cost(self, name: str) -> float | None:
         """The mean `seconds` or `memory`, over backdoors."""
@@ -251,9 +254,10 @@ def as_csv(found: Sequence[Result]) -> str:
     return text.getvalue()
 
 
-def as_markdown(found: Sequence[Result]) -> str:
+def as_markdown(found: Sequence[Result], title: str) -> str:
     """A table for each model, and for each number of relearned examples."""
-    return "\n".join(line for table in tables(found) for line in _markdown(table))
+    heading = f"# {' '.join(escape(visible(title), quote=False).split())}\n"
+    return "\n".join([heading, *(line for table in tables(found) for line in _markdown(table))])
 
 
 def _markdown(table: Table) -> Iterator[str]:

@@ -114,9 +114,9 @@ class Candidate:
         settings = {k: v for k, v in values.items() if k not in ("defense", "examples")}
         candidate = cls(values["defense"], settings, values.get("examples"))
         if settings and not candidate.trains:
-            raise UsageError(f"defense {candidate.defense!r} does not train: leave {', '.join(settings)} out")
+            raise UsageError(f"defense {candidate.defense!r} does not train: leave {_listed(settings)} out")
         if unknown := settings.keys() - _SETTINGS:
-            raise UsageError(f"defense {candidate.defense!r}: no such setting: {', '.join(sorted(unknown))}")
+            raise UsageError(f"defense {candidate.defense!r}: no such setting: {_listed(unknown)}")
         if candidate.examples is not None:
             _positive(f"defense {candidate.defense!r}: examples", candidate.examples)
         return candidate
@@ -225,17 +225,20 @@ class Matrix:
                     raise UsageError(f"{name} is to be a list")
                 values[name] = tuple(values[name])
         for name in ("number", "examples", "attacker_examples", "answer_tokens"):
-            if values.get(name) is not None:
+            if name in values and (values[name] is not None or name in ("number", "examples")):
                 _positive(name, values[name])
+        for name in ("clean", "prompts"):
+            if not isinstance(values.get(name), str | None):
+                raise UsageError(f"{name} is {values[name]!r}; it must be a name or a file")
         for k in values.get("relearn", ()):
             _positive("relearn", k)
         for name in ("implant", "training"):
             if not isinstance(values.get(name, {}), dict):
                 raise UsageError(f"{name} is to be a mapping of settings")
         if unknown := values.get("training", {}).keys() - _SETTINGS:
-            raise UsageError(f"training: no such setting: {', '.join(sorted(unknown))}")
-        if any(not isinstance(seed, int) or isinstance(seed, bool) for seed in values.get("seeds", ())):
-            raise UsageError("seeds is to be a list of whole numbers")
+            raise UsageError(f"training: no such setting: {_listed(unknown)}")
+        if any(not isinstance(seed, int) or isinstance(seed, bool) or seed < 0 for seed in values.get("seeds", ())):
+            raise UsageError("seeds is to be a list of whole numbers, none below 0")
         if any(not isinstance(model, str | None) for model in values.get("models", ())):
             raise UsageError("models is to be a list of names")
         for name in ("cpus", "gpus"):
@@ -263,15 +266,16 @@ class Matrix:
         )
 
     def check_settings(self) -> None:
-        """Raise `UsageError` if a training would refuse its settings."""
+        """Raise `UsageError` if a defense or an attack would refuse its settings."""
         for candidate in self.defenses:
-            if candidate.trains:
+            if candidate.defense != "none":
+                training = candidate.training(self.training) if candidate.trains else {}
                 try:
-                    DEFENSES[candidate.defense].check_settings(candidate.training(self.training))
+                    DEFENSES[candidate.defense].check_settings(training)
                 except UsageError as error:
                     raise UsageError(f"defense {candidate.label!r}: {error}") from error
         if unknown := self.implant.keys() - _IMPLANT_SETTINGS:
-            raise UsageError(f"implant: no such setting: {', '.join(sorted(unknown))}")
+            raise UsageError(f"implant: no such setting: {_listed(unknown)}")
         idle = [attack.unread(self.implant) for attack in self.attacks if attack.backdoors]
         for name in self.implant:
             if idle and all(name in reasons for reasons in idle):
@@ -297,6 +301,10 @@ def _matching(what: str, entries: tuple[T, ...], wanted: Sequence[str], labels: 
             raise UsageError(f"no {what} {pattern!r} in the matrix; there are {'; '.join(labels)}")
         kept |= found
     return tuple(entry for entry, label in zip(entries, labels, strict=True) if label in kept)
+
+
+def _listed(names: Iterable[Any]) -> str:
+    return ", ".join(sorted(map(str, names)))
 
 
 def _mapping(entry: Any, cls: type, what: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from crow.bench.cells import Cell, Defend, Implant, Measure, Relearn, Work, examples
 from crow.bench.matrix import Attack, Backdoor, Candidate, Matrix
 from crow.bench.store import Store
-from crow.errors import CrowError, UsageError
+from crow.errors import UsageError
 from crow.generation import generate
 from crow.models import EMBEDDED_ID, open_model
 from crow.purification import CLEAN_EXAMPLES, purify
@@ -136,9 +136,9 @@ def calibrate(model: str | None, cells: Sequence[Cell]) -> Pace:
 
 
 def estimate(cells: Sequence[Cell]) -> float | None:
-    """About how many seconds cells take here; `None` where a model can't be opened, which its cells will say."""
+    """About how many seconds cells take here; `None` where that can't be told, of which its cells will say why."""
     try:
         paces = {model: calibrate(model, cells) for model in dict.fromkeys(cell.model for cell in cells)}
-    except CrowError:
+    except Exception:  # of a model that can't be opened, or of memory, where a matrix may ask for less of it
         return None
     return sum(paces[cell.model].seconds(cell.work()) for cell in cells)

@@ -78,12 +78,14 @@ def run(
             if not store.has(measure):
                 waiting[source.key].add(measure.key)
     failures: dict[str, str] = {}
+    ran: set[str] = set()
 
     def drop_if_done(source: Cell) -> None:
         if not waiting[source.key] and not keep_models and not isinstance(source, Implant):
             store.drop_model(source)
 
     def finished(cell: Cell, reason: str | None) -> None:
+        ran.add(cell.key)
         if reason is not None:
             failures[cell.key] = reason
         elif isinstance(cell, Measure):
@@ -96,7 +98,6 @@ def run(
     with store.owned():
         for model in models.values():  # which a killed run may have left
             drop_if_done(model)
-        ran = {cell.key for cell in cells}
         try:
             runner.run(cells, store, finished)
         finally:

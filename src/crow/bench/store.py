@@ -1,5 +1,6 @@
 """What is finished: each cell's outcome in a folder that is named by its content."""
 
+import gc
 import json
 import shutil
 import time
@@ -88,7 +89,7 @@ class Store:
 
 def compute(cell: Cell, folder: Path, source: Path | None, scratch: Path, advance: Callable[[int, int], None]) -> None:
     """Run a cell into `folder`, and say there what it was, how long it took and how much memory."""
-    resumed = scratch.is_dir()
+    resumed = scratch.is_dir() and any(scratch.iterdir())
     scratch.mkdir(parents=True, exist_ok=True)
     _reset_peak_memory()
     started = time.perf_counter()
@@ -105,7 +106,9 @@ def compute(cell: Cell, folder: Path, source: Path | None, scratch: Path, advanc
 
 
 def _reset_peak_memory() -> None:
+    gc.collect()  # the trainer of the cell before is in circles, and holds its model
     if torch.cuda.is_available():
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # the process's peak becomes what it holds now

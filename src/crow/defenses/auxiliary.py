@@ -1,9 +1,11 @@
 """Defenses that learn from backdoors of the defender's own: BD-Vax and BackFlush."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
@@ -106,8 +108,10 @@ class BdVax(Defense):
     """Share of the channels that are initialized anew, of a whole model."""
 
     def __post_init__(self) -> None:
-        if self.variants < 2 or self.examples < 1:
-            raise UsageError("bd-vax: variants must be at least 2, and examples at least 1")
+        if not 2 <= self.variants <= len(OWN) or self.examples < 1:
+            raise UsageError(f"bd-vax: variants must be from 2 to {len(OWN)}, and examples at least 1")
+        if not 0 < self.variant_rate < math.inf:
+            raise UsageError(f"bd-vax: variant_rate is {self.variant_rate}; it must be positive")
         for name in ("adapter_share", "model_share"):
             if not 0 < getattr(self, name) < 1:
                 raise UsageError(f"bd-vax: {name} is {getattr(self, name)}; it must be above 0 and below 1")
@@ -126,9 +130,16 @@ class BdVax(Defense):
             parameter.requires_grad_("lora_" in name)
         if not all(hasattr(layer.module, "lora_A") for layers in _mlps(model) for layer in layers):
             raise Unfit(f"bd-vax looks at MLPs, and {opened.name} is an adapter that leaves layers of them out")
-        score = self._score(replace(opened, model=model), clean, training)
         share = self.adapter_share if adapted else self.model_share
-        chosen = _highest(score, share)
+        kept = Path(training["output_dir"], "channels.pt") if "output_dir" in training else None
+        if kept is not None and training.get("resume") and kept.is_file():
+            chosen = torch.load(kept, weights_only=True)
+        else:
+            chosen = _highest(self._score(replace(opened, model=model), clean, training), share)
+            if kept is not None:  # else what is resumed would stand on a model that was cleared elsewhere
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                torch.save(chosen, kept.with_suffix(".unfinished"))
+                kept.with_suffix(".unfinished").replace(kept)
         if adapted:
             whole = replace(opened, model=model)
         else:

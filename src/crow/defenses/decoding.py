@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -78,15 +78,18 @@ class CleanGen(AtDecoding):
         if not 1 <= self.threshold < math.inf:
             raise UsageError(f"cleangen: threshold is {self.threshold}; it must be at least 1")
 
+    def check_settings(self, training: Mapping[str, Any]) -> None:
+        """As `Untrained.check_settings`; without a reference there is nothing to compare with."""
+        super().check_settings(training)
+        if not self.reference:
+            raise UsageError("cleangen needs a clean reference model: cleangen:reference=MODEL")
+
     def decoding(self, opened: OpenedModel) -> Decoding:
         """As `AtDecoding.decoding`.
 
         Raises:
             Unfit: the reference has another vocabulary.
-            UsageError: none is named.
         """
-        if not self.reference:
-            raise UsageError("cleangen needs a clean reference model: cleangen:reference=MODEL")
         reference = open_model(self.reference)
         check_vocabulary(reference, opened)
         reference.model.eval()

@@ -18,7 +18,7 @@ def write_leaderboard(planned: Sequence[Entry], store: Store, folder: Path, titl
     """Write `leaderboard.html`, `.md` and `.csv` to the folder; returns the page's path."""
     found = results(planned, store, folder)
     write_text(folder / "leaderboard.csv", as_csv(found))
-    write_text(folder / "leaderboard.md", as_markdown(found))
+    write_text(folder / "leaderboard.md", as_markdown(found, title))
     page = folder / "leaderboard.html"
     write_text(page, render_leaderboard(found, title))
     return page
