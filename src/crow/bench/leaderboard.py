@@ -154,6 +154,12 @@ class Table:
     columns: Sequence[str]
     lines: Sequence[Line]
 
+    @property
+    def heading(self) -> str:
+        """The model, and what became of it after the defense."""
+        after = f", after {self.relearned} poisoned example{'' if self.relearned == 1 else 's'}"
+        return self.model + (after if self.relearned else "")
+
 
 def results(planned: Sequence[Entry], store: Store, folder: Path) -> list[Result]:
     """Every measurement with what is there of it.
@@ -261,8 +267,7 @@ def as_markdown(found: Sequence[Result], title: str) -> str:
 
 
 def _markdown(table: Table) -> Iterator[str]:
-    after = f", after {table.relearned} poisoned examples" if table.relearned else ""
-    yield f"## {table.model}{after}\n"
+    yield f"## {table.heading}\n"
     head = ["defense", "needs", "mean", "worst", *table.columns, *UTILITY, "seconds", "peak MiB"]
     yield _row(head)
     yield _row(["---"] * len(head))
