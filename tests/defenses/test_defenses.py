@@ -92,7 +92,7 @@ def test_no_clean_examples(name: str, suspect: OpenedModel) -> None:
         ("shrink:tolerance=nan", "tolerance is nan"),
         ("prune:share=0.5", "takes method=TEXT, sparsity=NUMBER; not 'share=0.5'"),
         ("crow:rate=1", "takes no parameters; not 'rate=1'"),
-        ("bd-vax:variants=1", "variants must be at least 2"),
+        ("bd-vax:variants=1", "variants must be from 2 to 7"),
         ("bd-vax:adapter_share=1", "adapter_share is 1.0; it must be above 0 and below 1"),
         ("magic", "unknown defense 'magic'; known are"),
     ],
