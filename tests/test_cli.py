@@ -383,7 +383,7 @@ def test_broken_data_is_named_with_its_line(
         (["--epsilon", "nan"], "epsilon is nan; it must be positive"),
         (["--epsilon", "0.2"], "epsilon is not read while perturbation is inserted: choose sign, as preset 'paper'"),
         (["--defense", "finetune", "--alpha", "2"], "alpha is not read while perturbation is none"),
-        (["--preset", "magic"], "unknown preset 'magic'; known are default, paper"),
+        (["--preset", "magic"], "unknown preset 'magic'; known are default, fast, paper"),
         (["--lora", "both"], "lora is 'both'; choose continue or fresh"),
         (["--set", "no_such_thing=1"], "no such setting: no_such_thing"),
         (["--set", "epsilon=abc"], "epsilon is 'abc', which is no number"),

@@ -225,7 +225,7 @@ def test_an_open_adapter_that_is_frozen_is_trained(
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"preset": "nothing"}, "unknown preset 'nothing'; known are default, paper"),
+        ({"preset": "nothing"}, "unknown preset 'nothing'; known are default, fast, paper"),
         ({"lora": "both"}, "lora is 'both'; choose continue or fresh"),
         ({"no_such_thing": 1}, "no such setting: .*no_such_thing"),
         ({"alpha": -1.0}, "alpha is -1.0; it must be positive"),

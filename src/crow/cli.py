@@ -92,7 +92,7 @@ def purify(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="Form of the training: default, paper (as published), paper-scale-free, random-tokens or finetune."
+            help="Form of the training: default, fast, paper (as published), paper-scale-free, random-tokens, finetune."
         ),
     ] = None,
     lora: Annotated[
