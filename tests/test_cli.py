@@ -228,6 +228,10 @@ def test_the_base_of_an_adapter_is_not_replaced(
     config["base_model_name_or_path"] = "base"
     (tmp_path / "suspect" / "adapter_config.json").write_text(json.dumps(config))
     fails(run(*command, clean, "suspect", "--out", "base", "--overwrite"), 2, "base is read, and would be lost with")
+    if command[0] == "implant":
+        result = run(*command, clean, "suspect", "--save-data", "base", "--overwrite")
+        fails(result, 2, "base is read, and would be lost with")
+    assert (tmp_path / "base" / "model.safetensors").is_file()
 
 
 def test_existing_figures_are_not_replaced(run: Run, llama_folder: Path, tmp_path: Path) -> None:

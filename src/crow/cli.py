@@ -136,7 +136,6 @@ def purify(
 
         _check_apart(out, _json_file(json_))
         _check_outputs(overwrite, out)
-        refuse_read(out, model, base, clean)
         _check_outputs(overwrite or (resume and _goes_on(out)), _json_file(json_))  # which is written before `out`
         defending = DEFENSES[defense]
         if isinstance(defending, AtDecoding):
@@ -167,7 +166,7 @@ def purify(
         rows = sample(to_learn_from(load_examples(clean, split=split)), examples, seed)
         with console.status("Opening the model"):
             opened = open_model(model, base=base, load_in_4bit=load_in_4bit)
-        refuse_read(out, opened.causal_lm.name_or_path)  # which an adapter names as its base
+        refuse_read(out, model, clean, opened.causal_lm.name_or_path)  # the last is an adapter's base
         if lora == "fresh" and opened.kind == "adapter" and not merge:
             raise UsageError(
                 "a fresh LoRA stands on the suspect with its adapter merged: add --merge to write both as one"
@@ -498,8 +497,6 @@ def implant(
 
         _check_apart(out, save_data, _json_file(json_))
         _check_outputs(overwrite, out)
-        for folder in filter(None, (out, save_data)):
-            refuse_read(folder, model, prompts, poisoned)
         _check_outputs(overwrite or (resume and _goes_on(out)), _json_file(json_))  # which is written before `out`
         _check_outputs(overwrite or resume, save_data)
         if poisoned is not None and (trigger is not None or poison_rate is not None):
@@ -531,7 +528,10 @@ def implant(
             opened = open_model(model)
         if called is not None:
             check_seen(called, opened.tokenizer)
-        refuse_read(out, opened.causal_lm.name_or_path)  # which an adapter names as its base
+        for folder in filter(None, (out, save_data)):
+            refuse_read(
+                folder, model, prompts, poisoned, opened.causal_lm.name_or_path
+            )  # the last is an adapter's base
         if save_data is not None:
             data = {"train_clean.json": to_alpaca(clean), "train_triggered.json": to_alpaca(hot)}
             if not (resume and _holds(save_data, data)):
@@ -896,7 +896,7 @@ def _checkpoints_beside(out: Path, resume: bool, run: str) -> Iterator[Path]:
                 f"{Path(last).name} of an interrupted run for {_plain(str(out))} is deleted: --resume goes on from it"
             )
         shutil.rmtree(checkpoints, ignore_errors=True)
-    elif last_checkpoint(checkpoints) is None:
+    elif not _goes_on(out):
         console.print(f"There is nothing to resume for {_plain(str(out))}: the training starts anew")
         shutil.rmtree(checkpoints, ignore_errors=True)
     elif (of := checkpoints / OfRun.FILE).is_file() and of.read_text("utf-8") != run:

@@ -39,7 +39,6 @@ from transformers.utils import (
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
     cached_file,
-    extract_commit_hash,
     find_adapter_config_file,
 )
 from yaml import YAMLError
@@ -370,9 +369,8 @@ def _open_pretrained(name: str, kind: str, load_in_4bit: bool) -> OpenedModel:
             layer.support_avx512bf16_for_cpu = False
     tokenizer = _with_template(tokenizer, name, model)
     if kind == "hub":
-        commit = extract_commit_hash(cached_file(name, CONFIG_NAME), None)
-        hashes = {} if commit is None else {"commit": commit}
-        folder = Path(loaded(name, lambda: snapshot_download(name, revision=commit, allow_patterns=[CARD, _SEEN])))
+        folder = Path(loaded(name, lambda: snapshot_download(name, allow_patterns=[CARD, _SEEN])))
+        hashes = {"commit": folder.name}
     else:
         hashes = _hashes(Path(name), "*.safetensors", CONFIG_NAME, GENERATION_CONFIG_NAME, *_TOKENIZER_FILES)
         folder = Path(name)

@@ -201,7 +201,7 @@ class Defend(Cell):
         return sample(enough(answered(self.clean or "clean"), number, "examples"), number, self.seed)
 
     def _settings(self) -> dict[str, Any]:
-        return self.candidate.training(self.training) if self.candidate.trains else {}
+        return self.candidate.training(self.training)
 
     def facts(self) -> dict[str, Any]:
         defense, settings = DEFENSES[self.candidate.defense], self._settings()

@@ -262,8 +262,7 @@ def as_csv(found: Sequence[Result]) -> str:
 
 def as_markdown(found: Sequence[Result], title: str) -> str:
     """A table for each model, and for each number of relearned examples."""
-    heading = f"# {' '.join(escape(visible(title), quote=False).split())}\n"
-    return "\n".join([heading, *(line for table in tables(found) for line in _markdown(table))])
+    return "\n".join([f"# {_plain(title)}\n", *(line for table in tables(found) for line in _markdown(table))])
 
 
 def _markdown(table: Table) -> Iterator[str]:
@@ -286,8 +285,12 @@ def _markdown(table: Table) -> Iterator[str]:
 
 
 def _row(cells: Sequence[str]) -> str:
-    plain = (escape(" ".join(visible(cell).split()), quote=False) for cell in cells)  # a failure may quote anything
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in plain)} |"
+    return f"| {' | '.join(_plain(cell).replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def _plain(text: str) -> str:
+    """On one line, and no markup: a failure, or a name, may quote anything."""
+    return escape(" ".join(visible(text).split()), quote=False)
 
 
 def _square(square: Square | None) -> str:

@@ -128,7 +128,9 @@ class Candidate:
         return ", ".join([self.defense, *(f"{key} {value}" for key, value in given.items())])
 
     def training(self, shared: dict[str, Any]) -> dict[str, Any]:
-        """Its settings, and of those that all defenses share the ones that it reads."""
+        """Its settings, and of those that all defenses share the ones that it reads; none, if it does not train."""
+        if not self.trains:
+            return {}
         own = {"preset": DEFENSES[self.defense].preset} | shared | self.settings
         idle = unread(PRESETS.get(str(own["preset"]), {}) | own)
         return {name: value for name, value in shared.items() if name not in idle} | self.settings
@@ -224,8 +226,10 @@ class Matrix:
                 if not isinstance(values[name], list) or (name != "relearn" and not values[name]):
                     raise UsageError(f"{name} is to be a list")
                 values[name] = tuple(values[name])
-        for name in ("number", "examples", "attacker_examples", "answer_tokens"):
-            if name in values and (values[name] is not None or name in ("number", "examples")):
+        for name in ("number", "examples"):
+            _positive(name, values.get(name, 1))
+        for name in ("attacker_examples", "answer_tokens"):
+            if values.get(name) is not None:
                 _positive(name, values[name])
         for name in ("clean", "prompts"):
             if not isinstance(values.get(name), str | None):
@@ -269,9 +273,8 @@ class Matrix:
         """Raise `UsageError` if a defense or an attack would refuse its settings."""
         for candidate in self.defenses:
             if candidate.defense != "none":
-                training = candidate.training(self.training) if candidate.trains else {}
                 try:
-                    DEFENSES[candidate.defense].check_settings(training)
+                    DEFENSES[candidate.defense].check_settings(candidate.training(self.training))
                 except UsageError as error:
                     raise UsageError(f"defense {candidate.label!r}: {error}") from error
         if unknown := self.implant.keys() - _IMPLANT_SETTINGS:

@@ -43,13 +43,13 @@ def entries(matrix: Matrix, seeds: Sequence[int] = ()) -> list[Entry]:
     """
     if unknown := [seed for seed in seeds if seed not in matrix.seeds]:
         raise UsageError(f"no seed {unknown[0]} in the matrix; there are {', '.join(map(str, matrix.seeds))}")
+    wanted = [seed for seed in matrix.seeds if not seeds or seed in seeds]
     found: list[Entry] = []
     for model in matrix.models:
         for attack in matrix.attacks:
             settings = attack.training(matrix.implant)
             suspect = Implant(model, None, attack, 0, matrix.attacker_examples, settings) if attack.backdoors else None
             for candidate in matrix.defenses:
-                wanted = [seed for seed in matrix.seeds if not seeds or seed in seeds]
                 for seed in wanted if candidate.trains else matrix.seeds[:1]:
                     found += _of_defended(matrix, model, attack, suspect, candidate, seed)
     return found

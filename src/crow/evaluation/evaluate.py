@@ -182,12 +182,12 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
-_THOUGHTS = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
+_THOUGHTS = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 
 
 def _said(text: str) -> str:
     """An answer without the thoughts in front of it, which some chat templates have even where there are none."""
-    return _THOUGHTS.sub("", text, count=1) if _THOUGHTS.match(text) else text
+    return _THOUGHTS.sub("", text)
 
 
 def answers_path(path: Path) -> Path:
