@@ -148,6 +148,7 @@ def encoded(trainer: CrowTrainer) -> list[tuple[Tensor, Tensor]]:
 
 STEPS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "default": ({}, {"clean", "divergence"}),
+    "fast": (PRESETS["fast"], {"clean", "divergence"}),
     "paper": (PRESETS["paper"], {"clean", "inconsistency", "alpha"}),
     "paper-scale-free": (PRESETS["paper-scale-free"], {"clean", "inconsistency", "alpha"}),
     "random-tokens": (PRESETS["random-tokens"], {"clean", "divergence"}),
@@ -166,7 +167,7 @@ def test_a_step_trains_every_adapter(
     make: Any, tokenizer: PreTrainedTokenizerFast, architecture: str, name: str
 ) -> None:
     settings, terms = STEPS[name]
-    trainer = make(tiny_model(architecture, len(tokenizer)), soft_token_warmup=1, **settings)
+    trainer = make(tiny_model(architecture, len(tokenizer)), **(settings | {"soft_token_warmup": 1}))
     before = lora(trainer)
     trainer.train()
     (log,) = logs(trainer)
