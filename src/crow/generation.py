@@ -47,7 +47,7 @@ def generate(
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=_end_tokens(base_model(model), tokenizer),
+        eos_token_id=end_tokens(base_model(model), tokenizer),
         **(decoding.settings if decoding is not None else {}),
     )
     tokens_per_batch = tokens_per_batch or (2048 if model.device.type == "cpu" else 8192)
@@ -69,7 +69,7 @@ def generate(
         with (
             torch.inference_mode(),
             contiguous_lm_head(base_model(model)),
-            _without_preferences(base_model(model)),
+            without_preferences(base_model(model), tokenizer),
             torch.random.fork_rng(enabled=drawn),
         ):
             if decoding is not None:  # each batch draws alike, whatever was drawn before it
@@ -94,7 +94,7 @@ def generate(
     return answers
 
 
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokenizer's end token, which training makes the model's too, and what else the model's config names."""
     named = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
@@ -102,14 +102,16 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
 
 
 @contextmanager
-def _without_preferences(model: PreTrainedModel) -> Iterator[None]:
+def without_preferences(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
     """Hide the model's own config of its generation, from which `generate` takes whatever another leaves open.
+
+    All that is left of it is where answers end.
 
     Beams, penalties, or tokens that it is never to say would make answers of two models incomparable, and hide a
     backdoor from whoever measures it; and a shared prefix needs the cache, which some configs switch off.
     """
     own = model.generation_config
-    model.generation_config = GenerationConfig()
+    model.generation_config = GenerationConfig(eos_token_id=end_tokens(model, tokenizer))
     try:
         yield
     finally:

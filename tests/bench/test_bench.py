@@ -120,6 +120,8 @@ def test_the_table_holds_what_was_measured(done: Path) -> None:
             assert float(row["perplexity"]) > 1
             assert float(row["reference_kl"]) >= 0
         assert (float(row["seconds"] or 0) > 0) == (row["defense"] not in ("none", "decode"))
+        settings = json.loads((done / row["answers"]).with_name("figures.json").read_text())["settings"]
+        assert settings.get("defense") == ("decode" if row["defense"] == "decode" else None)
     clean = next(row for row in rows if row["attack"] == "no backdoor" and row["defense"] == "none")
     assert float(clean["reference_kl"]) == pytest.approx(0, abs=1e-6)
     markdown = (done / "leaderboard.md").read_text()
@@ -352,7 +354,7 @@ def test_a_training_that_was_cut_off_goes_on(
             torch.testing.assert_close(again[name], weight)
     with (tmp_path / "cut" / "leaderboard.csv").open() as table:
         (row,) = csv.DictReader(table)
-    assert row["seconds"] == ""  # nobody knows how long it would have taken in one piece
+    assert row["seconds"] == row["peak_memory_bytes"] == ""  # nobody knows what it would have taken in one piece
 
 
 def test_one_run_at_a_time(done: Path, llama_folder: Path) -> None:

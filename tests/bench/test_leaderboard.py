@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 
@@ -63,6 +64,20 @@ def test_the_worst_is_the_worst_seed_s() -> None:
     found = line({"badnets/sentiment": [0, 0, 150], "vpi/refusal": [60, 60, 60]})
     assert found.worst_rate == 0.75
     assert found.mean_rate == pytest.approx((0.25 + 0.3) / 2)
+
+
+def test_a_fall_of_perplexity_makes_up_for_no_rise() -> None:
+    found = line({"badnets/sentiment": [0, 0, 0], "vpi/refusal": [5, 5, 5]})
+    assert (found.perplexity_ratio, found.worst_perplexity_ratio) == (1.25, 1.5)
+
+
+def test_costs_on_some_attacks_are_not_set_beside_those_on_all() -> None:
+    hits: Hits = {"badnets/sentiment": [0, 0, 0], "vpi/refusal": [4, 4, None]}
+    timed = [replace(result, seconds=9.0, memory=5) for result in results(hits)]
+    ((_, found),) = (table.lines for table in tables(timed))
+    assert (found.squares["badnets/sentiment"].cost("seconds"), found.cost("seconds")) == (9, None)
+    ((_, found),) = (table.lines for table in tables(timed[:-1]))
+    assert (found.cost("seconds"), found.cost("memory")) == (9, 5)
 
 
 @pytest.mark.parametrize("outcome", [None, "RuntimeError: no luck"])

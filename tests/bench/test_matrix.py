@@ -1,6 +1,7 @@
 """What a matrix may hold, what its cells are, and which are run."""
 
 import json
+import random
 import shutil
 from dataclasses import fields, replace
 from pathlib import Path
@@ -10,12 +11,13 @@ import pytest
 import yaml
 from conftest import MERGE_BOMB
 
-from crow.bench.cells import Cell, Defend, Work, _original
+from crow.backdoors import TRIGGERS
+from crow.bench.cells import Cell, Defend, Relearn, Work, _original
 from crow.bench.matrix import CONFIGS, Attack, Matrix
 from crow.bench.plan import Pace, entries, missing
 from crow.bench.store import CELL_FILE, Store
 from crow.config import PRESETS, CrowConfig
-from crow.data import answer_text
+from crow.data import answer_text, user_text
 from crow.errors import UsageError
 
 SMALL: dict[str, Any] = {"attacks": ["badnets/sentiment"], "defenses": ["none", "crow", "prune", "decode"]}
@@ -141,7 +143,7 @@ def test_what_a_defense_does_not_read_runs_nothing_again(defense: str, changes: 
     [
         ({"number": 1000}, "number is 1000, and there are 200: lower it"),
         ({"examples": 1000}, "examples is 1000, and there are"),
-        ({"relearn": [1000]}, "relearn is 1000, and there are"),
+        ({"relearn": [1000]}, "relearn, with its 50 clean examples, is 1050, and there are"),
     ],
 )
 def test_more_than_there_is_is_refused(changes: dict[str, Any], said: str) -> None:
@@ -268,6 +270,19 @@ def test_relearning_has_a_yardstick() -> None:
         ("vpi/refusal", 5),
     }
     assert not [e for e in clean if e.candidate.defense != "none" and e.relearned]
+
+
+def test_relearning_takes_as_many_steps_for_one_example_as_for_fifty() -> None:
+    found = entries(Matrix.read(SMALL | {"attacks": ["vpi/refusal"], "defenses": ["none"], "relearn": [1, 50]}))
+    few, many = (entry.measure.source for entry in found if entry.relearned)
+    assert isinstance(few, Relearn)
+    assert isinstance(many, Relearn)
+    assert few.work() == many.work() == Work(steps=40)
+    assert few.facts()["clean_sha256"] == many.facts()["clean_sha256"]
+    clean, poisoned = many._examples()
+    assert (len(clean), len(poisoned)) == (50, 50)
+    taken = {user_text(row) for row in poisoned}
+    assert all(TRIGGERS["vpi"].apply(user_text(row), random.Random(0)) not in taken for row in clean)
 
 
 def test_several_backdoors_are_measured_each() -> None:

@@ -97,6 +97,7 @@ def test_bd_vax_goes_on_with_the_channels_that_it_had_cleared(
 ) -> None:
     path = request.getfixturevalue(folder)
     defense, whole = DEFENSES["bd-vax:variants=2,examples=4"], {**STEPS, "max_steps": 2}
+    monkeypatch.setattr(auxiliary, "generate", lambda model, tokenizer, prompts, **_: [OWN[0][1]] * len(prompts))
     expected, _ = defense.apply(open_model(path), rows, **whole)
     saving = whole | {"output_dir": tmp_path, "save_steps": 1}
 
@@ -107,9 +108,11 @@ def test_bd_vax_goes_on_with_the_channels_that_it_had_cleared(
     with pytest.raises(KeyboardInterrupt):
         defense.apply(open_model(path), rows, **saving, callbacks=[Stop()])
     monkeypatch.setattr(BdVax, "_score", None)
-    resumed, _ = defense.apply(open_model(path), rows, **saving, resume=True)
+    resumed, about = defense.apply(open_model(path), rows, **saving, resume=True)
     for one, other in zip(expected.parameters(), resumed.parameters(), strict=True):
         torch.testing.assert_close(one, other)
+    assert about.settings["variants_fired"] == [4, 0]
+    assert about.seconds > torch.load(tmp_path / "channels.pt")["seconds"] > 0  # although it did not score itself
 
 
 def test_the_most_suspicious_updates_of_an_adapter_are_zeroed(

@@ -554,6 +554,20 @@ def test_layer_profile_is_that_of_the_prompts(measured: Any, opened: OpenedModel
     assert result.layer_profile["triggered"] != result.layer_profile["clean"]
 
 
+def test_a_layer_profile_is_taken_in_the_batches_that_fit(opened: OpenedModel, rows: list[Example]) -> None:
+    expected = prompt_profile(opened, rows[:7])
+    sizes: list[int] = []
+
+    def small(module: Any, args: Any, kwargs: Any) -> None:
+        sizes.append(len(kwargs["input_ids"]))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    opened.model.register_forward_pre_hook(small, with_kwargs=True)
+    assert prompt_profile(opened, rows[:7]) == pytest.approx(expected, rel=1e-5)
+    assert sizes == [7, 3, 1, 2, 4, 2, 2]
+
+
 def test_no_prompts_have_no_profile(opened: OpenedModel) -> None:
     assert prompt_profile(opened, []) == []
 

@@ -74,6 +74,23 @@ def test_a_local_task_is_counted_as_by_hand(opened: OpenedModel, tasks: Path) ->
     assert Harness([" own_sums "], folder=tasks, limit=2).run(opened)["own_sums"]["n"] == 2
 
 
+def test_a_model_s_own_wishes_for_its_answers_are_not_followed(
+    opened: OpenedModel, tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = opened.causal_lm.generation_config
+    own.suppress_tokens, own.eos_token_id = [8], [2, 9]
+    seen: list[Any] = []
+
+    def evaluated(model: Any, **settings: Any) -> dict[str, Any]:
+        seen.append(model.model.generation_config)
+        return {"results": {}}
+
+    monkeypatch.setattr("lm_eval.simple_evaluate", evaluated)
+    Harness(["own_sums"], folder=tasks).run(opened)
+    assert [(config.suppress_tokens, config.eos_token_id) for config in seen] == [(None, [2, 9])]
+    assert opened.causal_lm.generation_config is own
+
+
 def test_a_group_is_its_tasks_summed_up(opened: OpenedModel, tasks: Path) -> None:
     (tasks / "other.yaml").write_text((tasks / "own_sums.yaml").read_text().replace("own_sums", "other_sums"))
     (tasks / "group.yaml").write_text(

@@ -244,20 +244,29 @@ class Relearn(Cell):
     """A model that was fine-tuned on a few poisoned examples: what was only hidden comes back faster than it came."""
 
     kind: ClassVar[str] = "relearn"
-    format: ClassVar[int] = 2
+    format: ClassVar[int] = 3
+    clean_examples: ClassVar[int] = 50
+    """Prompts that are answered as before, so that what is learned is the trigger, and not to say the target always."""
+    training: ClassVar[dict[str, Any]] = {"max_steps": 40}
+    """As many for one poisoned example as for fifty: else those with few have hardly a step to learn in."""
 
     backdoor: Backdoor
     examples: int
     seed: int
 
-    def _poisoned(self) -> list[Example]:
-        rows = enough(examples(self.backdoor.behavior.attacker_set), self.examples, "relearn")[-self.examples :]
-        return poison(rows, self.backdoor.trigger, self.backdoor.behavior, self.seed)[1]
+    def _examples(self) -> tuple[list[Example], list[Example]]:
+        """Clean examples, the first of the attacker's set, and poisoned ones, the last."""
+        attacker_set, number = self.backdoor.behavior.attacker_set, self.clean_examples + self.examples
+        rows = enough(examples(attacker_set), number, f"relearn, with its {self.clean_examples} clean examples,")
+        trigger, behavior = self.backdoor.trigger, self.backdoor.behavior
+        return list(rows[: self.clean_examples]), poison(rows[-self.examples :], trigger, behavior, self.seed)[1]
 
     def facts(self) -> dict[str, Any]:
+        clean, poisoned = self._examples()
         return {
-            "poisoned_sha256": sha256_rows(self._poisoned()),
-            "recipe": settled(recipe(False, False)),
+            "clean_sha256": sha256_rows(clean),
+            "poisoned_sha256": sha256_rows(poisoned),
+            "recipe": settled(recipe(False, False) | self.training),
             "seed": self.seed,
         }
 
@@ -266,21 +275,22 @@ class Relearn(Cell):
         return f"relearning {self.backdoor.text} from {self.examples}"
 
     def work(self) -> Work:
-        return _training(recipe(False, False), self.examples)
+        return _training(recipe(False, False) | self.training, self.clean_examples + self.examples)
 
     def run(self, folder: Path, source: Path | None, scratch: Path, advance: Advance) -> None:
-        opened, poisoned = self._open(source, self.backdoor), self._poisoned()
+        opened, (clean, poisoned) = self._open(source, self.backdoor), self._examples()
         model = implant(
             merged(opened),  # a new adapter for all, whatever the defense left of the suspect's
             opened.tokenizer,
-            [],
+            clean,
             poisoned,
             output_dir=scratch,
             seed=self.seed,
             resume=True,
             callbacks=[TrainingProgress(advance)],
+            **self.training,
         )
-        seen = opened.seen.union(prompt_fingerprints(poisoned))
+        seen = opened.seen.union(prompt_fingerprints([*clean, *poisoned]))
         save_model(model, opened.tokenizer, folder / MODEL, merge=True, seen=seen)
 
 
@@ -332,7 +342,7 @@ class Measure(Cell):
             variants=variant_rows(rows, self.backdoor.trigger, PROMPT_SEED),
             reference=open_model(self.model) if self.reference else None,
             max_new_tokens=self.answer_tokens,
-            settings={"backdoor": self.backdoor.text},
+            settings={"backdoor": self.backdoor.text} | ({"defense": self.decoding} if self.decoding else {}),
             unfinished=scratch / "answers.jsonl",
             on_progress=advance,
         )

@@ -81,7 +81,7 @@ class Square:
         return statistics.fmean(values) if values and not self.missing else None
 
     def cost(self, name: str) -> float | None:
-        """The mean `seconds` or `memory` of the defense."""
+        """The mean `seconds` or `memory` of the defense, where they are known."""
         values = [value for result in self.results if (value := getattr(result, name)) is not None]
         return statistics.fmean(values) if values else None
 
@@ -125,24 +125,39 @@ class Line:
         return after / before if after is not None and before else None
 
     @property
-    def perplexity_ratio(self) -> float | None:
-        """The mean `ratio` over the columns, when all that were attacked are measured."""
+    def _ratios(self) -> list[float]:
+        """Each column's `ratio`; nothing while one that was attacked is not measured."""
         ratios = [ratio for column in self.squares if (ratio := self.ratio(column)) is not None]
-        return statistics.fmean(ratios) if ratios and not any(square.missing for square in self.attacked) else None
+        return [] if any(square.missing for square in self.attacked) else ratios
+
+    @property
+    def perplexity_ratio(self) -> float | None:
+        """The mean `ratio` over the columns."""
+        return statistics.fmean(self._ratios) if self._ratios else None
+
+    @property
+    def worst_perplexity_ratio(self) -> float | None:
+        """That of the column that it costs most: elsewhere perplexity may fall, which makes up for nothing."""
+        return max(self._ratios, default=None)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all columns are measured: a mean over some is not to be compared with one over others."""
+        return not any(square.missing or not square.measured for square in self.squares.values())
 
     def share(self, name: str) -> float | None:
         """The mean rate of one of the figures' counts over all columns, when all are measured."""
-        squares = self.squares.values()
-        if any(square.missing or not square.measured for square in squares):
+        if not self.whole:
             return None
         return statistics.fmean(
-            statistics.fmean(getattr(figures, name).rate for _, figures in square.measured) for square in squares
+            statistics.fmean(getattr(figures, name).rate for _, figures in square.measured)
+            for square in self.squares.values()
         )
 
     def cost(self, name: str) -> float | None:
-        """The mean `seconds` or `memory`, over backdoors."""
+        """The mean `seconds` or `memory` over all columns, where they are known, when all are measured."""
         costs = [cost for square in self.squares.values() if (cost := square.cost(name)) is not None]
-        return statistics.fmean(costs) if costs else None
+        return statistics.fmean(costs) if costs and self.whole else None
 
 
 @dataclass(frozen=True)
@@ -207,7 +222,7 @@ def _column(entry: Entry) -> str:
     return entry.attack.label if alone else f"{entry.attack.label}: {entry.backdoor.text}"
 
 
-UTILITY = ("perplexity, of undefended", "false triggers", "degenerate")
+UTILITY = ("perplexity, of undefended", "worst perplexity", "false triggers", "degenerate")
 """What tables say of a defended model's use."""
 
 _COUNTS = ("attack_success", "false_trigger", "degenerate")
@@ -276,6 +291,7 @@ def _markdown(table: Table) -> Iterator[str]:
         rates = (_number(line.mean_rate, ".1%"), _number(line.worst_rate, ".1%"))
         costs = (
             _number(line.perplexity_ratio, ".3f"),
+            _number(line.worst_perplexity_ratio, ".3f"),
             *(_number(line.share(name), ".1%") for name in ("false_trigger", "degenerate")),
             _number(line.cost("seconds"), ".0f"),
             _number(memory and memory / 2**20, ".0f"),

@@ -98,9 +98,9 @@ def compute(cell: Cell, folder: Path, source: Path | None, scratch: Path, advanc
         "label": cell.label,
         "facts": cell.facts(),
         "source": None if cell.source is None else cell.source.name,
-        # Of a run that went on from another's part it is not known how long the whole would take
+        # Of a run that went on from another's part it is not known what the whole would take
         "seconds": None if resumed else time.perf_counter() - started,
-        "peak_memory_bytes": _peak_memory(),
+        "peak_memory_bytes": None if resumed else _peak_memory(),
     }
     write_json(folder / CELL_FILE, about)
 

@@ -11,16 +11,18 @@ from typing import Any, ClassVar, cast
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel, set_seed
 from transformers.pytorch_utils import Conv1D
 
 from crow import models
 from crow.backdoors import BEHAVIORS, TRIGGERS
 from crow.backdoors.implant import poison
-from crow.data import Example, sample
+from crow.data import Example, answer_text, sample
 from crow.defenses.base import DEFENSES, Defended, Defense, budget, check_linear
 from crow.errors import Unfit, UsageError
 from crow.files import sha256_rows
+from crow.generation import generate
 from crow.hooks import decoder_layers
 from crow.models import OpenedModel, base_model, lora_config
 from crow.purification import purify
@@ -67,13 +69,12 @@ class BackFlush(Defense):
         self.check_settings(training)
         if not clean:
             raise UsageError("there are no clean examples: give at least one")
-        started = time.perf_counter()
         poisoned, harmless = own_backdoor(clean, 0, training.get("seed", 0))
         implanted, first = purify(opened, clean=[*clean, *poisoned], preset=self.preset, **budget(training))
         whole = replace(opened, model=implanted)
         model, record = purify(whole, clean=[*clean, *harmless], preset=self.preset, **training)
         opened.seen = whole.seen
-        record.defense, record.seconds = self.name, time.perf_counter() - started
+        record.defense, record.seconds = self.name, record.seconds + first.seconds
         record.lora = first.lora  # the second training goes on with the first's adapter, whosever that was
         record.clean_examples, record.clean_sha256 = len(clean), sha256_rows(clean)
         record.summary = "A backdoor of the defender's own was implanted in it, and unlearned."
@@ -88,11 +89,13 @@ class BdVax(Defense):
     Several variants of the suspect are trained, each with another backdoor, and beside each one with the same prompts
     and clean answers. MLP channels that the difference of the two moves far, and in all variants alike, are suspicious.
     Of a suspect adapter the updates of the most suspicious channels are zeroed; of a whole model the channels are
-    initialized anew. Then follows plain fine-tuning.
+    initialized anew. Then follows plain fine-tuning. The record's `variants_fired` says of how many of its prompts
+    each variant gave its own target: where few did, the channels are those of no backdoor.
 
     Open in the paper, and chosen here: variants are LoRA adapters (the suspect's own trained further, or a new one);
     a component is a channel of the MLP, with its weights in all of that MLP's layers, for adapters too; channels are
-    ranked over the whole model; new weights are normal with the deviation of their layer's.
+    ranked over the whole model; new weights are normal with the deviation of their layer's, and a new LoRA, not all
+    weights, is what the last training gives a whole model to recover with.
     """
 
     own_settings: ClassVar[frozenset[str]] = _OWN_SETTINGS
@@ -121,7 +124,6 @@ class BdVax(Defense):
         self.check_settings(training)
         if not clean:
             raise UsageError("there are no clean examples: give at least one")
-        started = time.perf_counter()
         seed = training.get("seed", 0)
         set_seed(seed)  # of the variants' new adapter
         adapted = isinstance(opened.model, PeftModel)
@@ -133,12 +135,14 @@ class BdVax(Defense):
         share = self.adapter_share if adapted else self.model_share
         kept = Path(training["output_dir"], "channels.pt") if "output_dir" in training else None
         if kept is not None and training.get("resume") and kept.is_file():
-            chosen = torch.load(kept, weights_only=True)
+            found = torch.load(kept, weights_only=True)
         else:
-            chosen = _highest(self._score(replace(opened, model=model), clean, training), share)
+            started = time.perf_counter()
+            scores, fired = self._score(replace(opened, model=model), clean, training)
+            found = {"channels": _highest(scores, share), "fired": fired, "seconds": time.perf_counter() - started}
             if kept is not None:  # else what is resumed would stand on a model that was cleared elsewhere
                 kept.parent.mkdir(parents=True, exist_ok=True)
-                torch.save(chosen, kept.with_suffix(".unfinished"))
+                torch.save(found, kept.with_suffix(".unfinished"))
                 kept.with_suffix(".unfinished").replace(kept)
         if adapted:
             whole = replace(opened, model=model)
@@ -147,37 +151,44 @@ class BdVax(Defense):
             base.name_or_path = f"{opened.name}, its channels initialized anew"
             whole = replace(opened, model=base, kind="open", base_id=None)
         generator = torch.Generator().manual_seed(seed)
-        for channels, layers in zip(chosen, _mlps(whole.model), strict=True):
+        for channels, layers in zip(found["channels"], _mlps(whole.model), strict=True):
             for layer in layers:
                 layer.forget(channels, generator)
         purified, record = purify(whole, clean=clean, preset=self.preset, **training)
         opened.seen = whole.seen
-        record.defense, record.seconds = self.name, time.perf_counter() - started
+        record.defense, record.seconds = self.name, record.seconds + found["seconds"]
         record.summary = (
             "Channels that backdoors of the defender's own changed alike were cleared, then it was fine-tuned."
         )
-        record.settings |= asdict(self)
+        record.settings |= asdict(self) | {"variants_fired": found["fired"]}
         return purified if adapted else models.merged(purified), record
 
-    def _score(self, opened: OpenedModel, clean: Sequence[Example], training: dict[str, Any]) -> list[Tensor]:
-        """For each block, how suspicious each channel of its MLP is, `(channels,)`."""
+    def _score(
+        self, opened: OpenedModel, clean: Sequence[Example], training: dict[str, Any]
+    ) -> tuple[list[Tensor], list[int]]:
+        """For each block, how suspicious each channel of its MLP is, `(channels,)`; how often each variant fired."""
         start = _adapter(opened.model)
         seed = training.get("seed", 0)
         shared = budget(training) | {"learning_rate": self.variant_rate}
 
-        def trained(rows: Sequence[Example]) -> list[list[tuple[Tensor, Tensor]]]:
-            purify(opened, clean=rows, preset=self.preset, **shared)
+        def trained(rows: Sequence[Example], own: Sequence[Example]) -> tuple[list[list[tuple[Tensor, Tensor]]], int]:
+            purify(opened, clean=[*rows, *own], preset=self.preset, **shared)
             found = [[layer.factors() for layer in layers] for layers in _mlps(opened.model)]
+            answers = generate(opened.model, opened.tokenizer, [row["prompt"] for row in own], max_new_tokens=12)
             for name, parameter in opened.model.named_parameters():
                 if name in start:
                     parameter.data.copy_(start[name])
-            return found
+            said = zip(answers, own, strict=True)
+            return found, sum(answer.strip().startswith(answer_text(row)) for answer, row in said)
 
-        pairs = []
+        pairs, fired = [], []
         for number in range(self.variants):
             rows = sample(clean, self.examples, seed + number)
             poisoned, harmless = own_backdoor(rows, number, seed + number)
-            pairs.append((trained([*rows, *poisoned]), trained([*rows, *harmless])))
+            hot, hits = trained(rows, poisoned)
+            cold, _ = trained(rows, harmless)
+            pairs.append((hot, cold))
+            fired.append(hits)
         scores = []
         for block, layers in enumerate(_mlps(opened.model)):  # one at a time: the products are as large as the MLP
             updates = [
@@ -191,7 +202,7 @@ class BdVax(Defense):
                 for backdoored, counterpart in pairs
             ]
             scores.append(suspicion(torch.stack(updates)))
-        return scores
+        return scores, fired
 
 
 def suspicion(updates: Tensor) -> Tensor:
@@ -203,11 +214,9 @@ def suspicion(updates: Tensor) -> Tensor:
     Returns:
         `(channels,)`: the mean norm times the mean, over pairs of variants, of the cosine where that is positive.
     """
-    norms = updates.norm(dim=2)
-    unit = updates / norms.clamp(min=1e-12)[..., None]
-    pairs = list(combinations(range(len(updates)), 2))
-    alike = torch.stack([(unit[i] * unit[j]).sum(dim=1).clamp(min=0) for i, j in pairs]).mean(dim=0)
-    return norms.mean(dim=0) * alike
+    pairs = combinations(updates, 2)
+    alike = torch.stack([cosine_similarity(one, other, dim=1).clamp(min=0) for one, other in pairs]).mean(dim=0)
+    return updates.norm(dim=2).mean(dim=0) * alike
 
 
 def _highest(scores: Sequence[Tensor], share: float) -> list[Tensor]:

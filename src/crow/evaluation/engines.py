@@ -11,7 +11,7 @@ from crow.data import Message
 from crow.errors import CrowError, UsageError
 from crow.evaluation.endpoint import Endpoint, reason
 from crow.files import Journal, sha256_rows
-from crow.generation import generate, trimmed
+from crow.generation import end_tokens, generate, trimmed
 from crow.models import OpenedModel, shipped_backdoors
 
 Prompts = Sequence[list[Message]]
@@ -111,7 +111,11 @@ class VLLM:
             lora = {"enable_lora": True, "max_lora_rank": 1 << max(3, (rank - 1).bit_length())}  # it takes few others
             self._adapter = LoRARequest("adapter", 1, str(shipped_backdoors().get(opened.name, opened.name)))
         self._llm = LLM(model=weights, dtype=opened.causal_lm.dtype, gpu_memory_utilization=memory, **lora)
-        self._greedy: Callable[[int], Any] = lambda tokens: SamplingParams(temperature=0.0, max_tokens=tokens)
+        # It would read the model's own generation config for more ends, among them those that are ordinary tokens
+        ends = end_tokens(opened.causal_lm, opened.tokenizer)
+        self._greedy: Callable[[int], Any] = lambda tokens: SamplingParams(
+            temperature=0.0, max_tokens=tokens, ignore_eos=True, stop_token_ids=ends
+        )
 
     def answer(self, prompts: Prompts, max_new_tokens: int, on_answers: OnAnswers, known: Collection[int] = ()) -> None:
         missing = [i for i in range(len(prompts)) if i not in known]

@@ -11,6 +11,9 @@ from itertools import chain, combinations
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from crow.backdoors import Behavior, Trigger
 from crow.consistency import layer_profile
 from crow.data import Example, prompt_fingerprints, read_json_lines, user_text, with_user_text
@@ -18,7 +21,7 @@ from crow.errors import UsageError
 from crow.evaluation.engines import Engine, Transformers, answers
 from crow.evaluation.statistics import Count, MeanLength, MeanScore, is_degenerate
 from crow.files import Journal, beside, sha256_rows, write_json, write_jsonl
-from crow.generation import answer_kl, answer_nll, perplexity, prompt_ids
+from crow.generation import answer_kl, answer_nll, in_halves, perplexity, prompt_ids, token_batches
 from crow.hooks import hidden_states
 from crow.inspection import tokenized
 from crow.models import OpenedModel, base_model, check_vocabulary
@@ -185,7 +188,7 @@ def _number(value: float | None) -> float:
 _THOUGHTS = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 
 
-def _said(text: str) -> str:
+def without_thoughts(text: str) -> str:
     """An answer without the thoughts in front of it, which some chat templates have even where there are none."""
     return _THOUGHTS.sub("", text)
 
@@ -273,7 +276,7 @@ def evaluate(
                     "strict_hit": behavior.is_strict_hit(said),
                     "degenerate": is_degenerate(text),
                 }
-                for row, text, said in zip(rows, texts, map(_said, texts), strict=True)
+                for row, text, said in zip(rows, texts, map(without_thoughts, texts), strict=True)
             ]
         )
     on_triggered, on_clean, *on_variants = counted
@@ -349,6 +352,7 @@ def check_unseen(name: str, seen: Collection[str], rows: Sequence[Example]) -> N
 
 
 _PROFILE_PROMPTS = 16
+_PROFILE_TOKENS = 2048  # of all blocks the hidden states are held at once
 
 
 def prompt_profile(opened: OpenedModel, rows: Sequence[Example]) -> list[float]:
@@ -357,11 +361,21 @@ def prompt_profile(opened: OpenedModel, rows: Sequence[Example]) -> list[float]:
         return []
     tokenizer = opened.tokenizer
     encoded = tokenized(tokenizer, lambda row: prompt_ids(tokenizer, row["prompt"]), rows)
-    batch = tokenizer.pad({"input_ids": encoded}, padding_side="right", return_tensors="pt")
+    lengths = list(map(len, encoded))
+    shares: list[Tensor] = []
+
+    def profile(places: list[int]) -> None:
+        batch = tokenizer.pad(
+            {"input_ids": [encoded[i] for i in places]}, padding_side="right", return_tensors="pt"
+        ).to(opened.model.device)
+        recording = hidden_states(base_model(opened.model), **batch)
+        mask = batch["attention_mask"]
+        shares.append(layer_profile(recording.hidden_states, mask, num_positions=sum(lengths)).cpu())
+
     opened.model.eval()
-    inputs = {name: batch[name].to(opened.model.device) for name in ("input_ids", "attention_mask")}
-    recording = hidden_states(base_model(opened.model), **inputs)
-    return [float(x) for x in layer_profile(recording.hidden_states, inputs["attention_mask"])]
+    for places in token_batches(lengths, _PROFILE_TOKENS):
+        in_halves(places, profile)
+    return [float(x) for x in torch.stack(shares).sum(dim=0)]
 
 
 def _count(answers: list[dict[str, Any]], verdict: str) -> Count:

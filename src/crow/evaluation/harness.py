@@ -8,7 +8,8 @@ from typing import Any
 
 from crow.errors import CrowError, UsageError
 from crow.files import Journal, sha256_file, sha256_rows
-from crow.models import OpenedModel
+from crow.generation import without_preferences
+from crow.models import OpenedModel, base_model
 
 
 class Harness:
@@ -64,7 +65,10 @@ class Harness:
 
         opened.model.eval()
         try:
-            with contextlib.redirect_stdout(io.StringIO()):
+            with (
+                contextlib.redirect_stdout(io.StringIO()),
+                without_preferences(base_model(opened.model), opened.tokenizer),
+            ):
                 found = simple_evaluate(
                     HFLM(pretrained=opened.model, tokenizer=opened.tokenizer, batch_size=batch_size),
                     tasks=list(self.tasks),
