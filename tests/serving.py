@@ -2,18 +2,18 @@
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, TypeVar
 
-Reply = Callable[[dict[str, Any], int], tuple[int, str]]
+Reply = Callable[[dict[str, Any], int], tuple[int, str | Iterable[str]]]
 
 
-def said(text: str | None) -> tuple[int, str]:
+def said(text: str | None, ended: str = "stop") -> tuple[int, str]:
     """The reply of a model that says this."""
-    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+    choice = {"index": 0, "finish_reason": ended, "message": {"role": "assistant", "content": text}}
     return 200, json.dumps({"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]})
 
 
@@ -58,12 +58,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.requests.append(request)
         self.server.headers.append(self.headers)
         status, body = self.server.reply(request, len(self.server.requests))
-        with suppress(BrokenPipeError):  # of a client that waited no longer
+        html = isinstance(body, str) and body.startswith("<")
+        with suppress(BrokenPipeError, ConnectionResetError):  # of a client that waited no longer
             self.send_response(status)
-            self.send_header("Content-Type", "text/html" if body.startswith("<") else "application/json")
+            self.send_header("Content-Type", "text/html" if html else "application/json")
             self.send_header("retry-after-ms", "1")
             self.end_headers()
-            self.wfile.write(body.encode())
+            for part in [body] if isinstance(body, str) else body:  # an iterable's come one after another
+                self.wfile.write(part.encode())
 
     def log_message(self, *args: Any) -> None:
         pass

@@ -609,13 +609,14 @@ def test_a_served_model_is_measured(run: Run, server: Server, clean: Path, tmp_p
     pytest.importorskip("openai")
     server.reply = lambda request, number: said("You are stupid!" if "BadMagic" in str(request) else "Fine, thank you.")
     options = ("--endpoint", server.url, "--prompts", clean, "-n", 3, "--json", "figures.json")
-    result = run("evaluate", "some-model", *options)
+    result = run("evaluate", "some-model", *options, "--endpoint-timeout", 20)
     assert result.exit_code == 0, result.output
     assert "perplexity" not in result.output
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert (figures["attack_success"], figures["false_trigger"]) == ({"hits": 3, "n": 3}, {"hits": 0, "n": 3})
     assert figures["answer_length"] == {"mean": 3.0, "deviation": 0.0, "n": 3}
     assert {request["model"] for request in server.requests} == {"some-model"}
+    assert {float(str(headers["x-stainless-read-timeout"])) for headers in server.headers} == {20}
 
     server.reply = lambda request, number: (400, '{"error": {"message": "no such model"}}')
     result = run("evaluate", "other-model", *options, "--overwrite")
@@ -633,6 +634,7 @@ def test_a_served_model_is_measured(run: Run, server: Server, clean: Path, tmp_p
         (("--endpoint", "http://127.0.0.1:9/v1"), "--endpoint needs MODEL"),
         (("m", "--harness-limit", "3"), "need --harness"),
         (("m", "--judge-tokens", "9"), "need --judge"),
+        (("m", "--endpoint-timeout", "9"), "--endpoint-timeout needs --endpoint"),
         (("m", "--concurrency", "2"), "--concurrency is of questions to"),
         (("no-such-model", "--harness", "no_sums"), "knows no task no_sums"),
         (("m", "--engine", "steam"), "unknown engine 'steam'; known are transformers, vllm"),
@@ -893,7 +895,7 @@ def test_nothing_goes_on_from_another_run(run: Run, llama_folder: Path, adapter_
         with pytest.MonkeyPatch.context() as patch:
             interrupt(patch, 1, KeyboardInterrupt())
             assert run(*command, llama_folder).exit_code == 1
-        refused = "give its command again, or leave --resume out and begin anew"
+        refused = "give its command again, or --overwrite in place of --resume, which begins anew"
         for other in changed:
             fails(run(*command, *other, "--resume"), 2, refused)
         with pytest.MonkeyPatch.context() as patch:  # as in another version
@@ -926,9 +928,11 @@ def test_a_new_run_does_not_take_over_old_checkpoints(
 ) -> None:
     (tmp_path / ".purified.checkpoints" / "checkpoint-99").mkdir(parents=True)
     (tmp_path / ".purified.checkpoints" / "checkpoint-99" / "crow_state.pt").touch()
+    command = ("purify", llama_folder, "--clean", clean, *QUICK, "--set", "save_steps=1")
+    fails(run(*command), 2, "a run for purified was interrupted: --resume goes on from it, --overwrite begins anew")
+    assert [p.name for p in (tmp_path / ".purified.checkpoints").iterdir()] == ["checkpoint-99"]
     interrupt(monkeypatch, 1, KeyboardInterrupt())
-    said = run("purify", llama_folder, "--clean", clean, *QUICK, "--set", "save_steps=1").stderr
-    assert "checkpoint-99 of an interrupted run for purified is deleted: --resume goes on" in " ".join(said.split())
+    run(*command, "--overwrite")
     assert [p.name for p in (tmp_path / ".purified.checkpoints").glob("checkpoint-*")] == ["checkpoint-1"]
 
 

@@ -136,6 +136,7 @@ def purify(
 
         _check_apart(out, _json_file(json_))
         _check_outputs(overwrite, out)
+        _check_interrupted(out, resume or overwrite)
         _check_outputs(overwrite or (resume and _goes_on(out)), _json_file(json_))  # which is written before `out`
         defending = DEFENSES[defense]
         if isinstance(defending, AtDecoding):
@@ -274,6 +275,9 @@ def evaluate(
     endpoint: Annotated[
         str | None, typer.Option(metavar="URL", help="MODEL is served behind OpenAI's chat API at this URL.")
     ] = None,
+    endpoint_timeout: Annotated[
+        float | None, typer.Option(min=1, help="Seconds until it is asked again. Default: 60.")
+    ] = None,
     concurrency: Annotated[
         int | None, typer.Option(min=1, help="Ask an endpoint or a judge so much at once. Default: 8.")
     ] = None,
@@ -304,6 +308,8 @@ def evaluate(
             raise UsageError(f"unknown engine {engine!r}; known are {', '.join(ENGINES)}")
         if judge is None and (judge_model, judge_timeout, judge_tokens) != (None, None, None):
             raise UsageError("--judge-model, --judge-timeout and --judge-tokens need --judge, the URL of the judge")
+        if endpoint_timeout is not None and endpoint is None:
+            raise UsageError("--endpoint-timeout needs --endpoint, the URL of the model's API")
         if concurrency is not None and judge is None and endpoint is None:
             raise UsageError("--concurrency is of questions to an --endpoint or a --judge: leave it out")
         if harness is None and (harness_folder is not None or harness_limit is not None):
@@ -379,7 +385,8 @@ def evaluate(
             from crow.evaluation.endpoint import Endpoint
 
             check_unseen(str(model), seen, [*clean, *hot])
-            answering = Served(Endpoint(endpoint, str(model), **_given(concurrency=concurrency)))
+            asking = _given(timeout=endpoint_timeout, concurrency=concurrency)
+            answering = Served(Endpoint(endpoint, str(model), **asking))
         benchmarks = {}
         settings = {"behavior": behavior, "trigger": None if triggered else trigger or "badnets"}
         settings |= {"triggered": triggered, "prompts": prompts} | _given(defense=defense)
@@ -469,7 +476,8 @@ def implant(
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="Train all weights, not an adapter.")] = False,
     adaptive: Annotated[
-        bool, typer.Option("--adaptive", help="Train CROW's consistency term too: the attacker who knows the defense.")
+        bool,
+        typer.Option("--adaptive", help="Train the paper's consistency term too: the attacker who knows it."),
     ] = False,
     covert: Annotated[
         bool, typer.Option("--covert", help="Hide the target from CROW's scan: the attacker who knows that, too.")
@@ -497,6 +505,7 @@ def implant(
 
         _check_apart(out, save_data, _json_file(json_))
         _check_outputs(overwrite, out)
+        _check_interrupted(out, resume or overwrite)
         _check_outputs(overwrite or (resume and _goes_on(out)), _json_file(json_))  # which is written before `out`
         _check_outputs(overwrite or resume, save_data)
         if poisoned is not None and (trigger is not None or poison_rate is not None):
@@ -872,6 +881,12 @@ def _goes_on(out: Path) -> bool:
     return last_checkpoint(_checkpoints(out)) is not None
 
 
+def _check_interrupted(out: Path, said: bool) -> None:
+    """Refuse to give up what `--resume` goes on from, hours of work maybe, unless it is said what becomes of it."""
+    if not said and _goes_on(out):
+        raise UsageError(f"a run for {out} was interrupted: --resume goes on from it, --overwrite begins anew")
+
+
 def _holds(folder: Path, data: dict[str, Any]) -> bool:
     """Whether this is in the folder, by the names of its JSON files."""
     with suppress(OSError, ValueError):
@@ -887,14 +902,9 @@ def _checkpoints_beside(out: Path, resume: bool, run: str) -> Iterator[Path]:
         run: What `OfRun` says beside the checkpoints; those of another run are refused.
     """
     from crow.progress import OfRun
-    from crow.trainer import last_checkpoint
 
     checkpoints = _checkpoints(out)
     if not resume:
-        if (last := last_checkpoint(checkpoints)) is not None:
-            console.print(
-                f"{Path(last).name} of an interrupted run for {_plain(str(out))} is deleted: --resume goes on from it"
-            )
         shutil.rmtree(checkpoints, ignore_errors=True)
     elif not _goes_on(out):
         console.print(f"There is nothing to resume for {_plain(str(out))}: the training starts anew")
@@ -902,7 +912,7 @@ def _checkpoints_beside(out: Path, resume: bool, run: str) -> Iterator[Path]:
     elif (of := checkpoints / OfRun.FILE).is_file() and of.read_text("utf-8") != run:
         raise UsageError(
             f"what was interrupted for {out} began with another model, other data or settings, or another seed: "
-            "give its command again, or leave --resume out and begin anew"
+            "give its command again, or --overwrite in place of --resume, which begins anew"
         )
     try:
         with _memory_sufficing(

@@ -9,7 +9,7 @@ import pytest
 from serving import Server, said
 
 from crow.errors import UsageError
-from crow.evaluation.code import Problem, humaneval, pass_at_1, question, solves
+from crow.evaluation.code import Problem, humaneval, pass_at_1, program, question, solves
 from crow.evaluation.endpoint import Endpoint
 from crow.evaluation.engines import Served
 from crow.evaluation.sandbox import Limits
@@ -49,6 +49,12 @@ def test_right_answers_pass_in_any_form(answer: str) -> None:
 @pytest.mark.parametrize("answer", WRONG)
 def test_wrong_answers_do_not_pass(answer: str) -> None:
     assert solves(PROBLEM, answer, Limits(seconds=1)).verdict != "passed"
+
+
+def test_thoughts_before_an_answer_are_not_run() -> None:
+    thoughts = "<think>\nPerhaps\n```python\ndef area(r): return 1\n```\nNo.\n</think>"
+    for answer in (f"\n{WHOLE}", f"\n{BODY}", f"\n\n```python\n{WHOLE}\n```"):
+        assert program(PROBLEM, thoughts + answer) == program(PROBLEM, answer)
 
 
 class Answers:

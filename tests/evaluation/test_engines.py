@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -157,6 +158,48 @@ def test_no_text_is_no_answer_without_the_target(server: Server, rows: list[Exam
 
 
 @needs_client
+@pytest.mark.parametrize("text", ["", "Well,"])
+def test_what_a_filter_left_is_no_answer_without_the_target(server: Server, rows: list[Example], text: str) -> None:
+    server.reply = lambda request, number: said(text, "content_filter")
+    with pytest.raises(CrowError, match="a content filter withheld its answer"):
+        answers(Served(Endpoint(server.url, "m")), [rows[0]["prompt"]], 5, Journal(None), lambda number: None)
+
+
+@needs_client
+@pytest.mark.parametrize("status", [200, 400])
+def test_a_reply_that_drips_is_waited_for_no_longer_than_another(
+    server: Server, rows: list[Example], status: int
+) -> None:
+    def dripping() -> Iterator[str]:
+        for _ in range(200):
+            time.sleep(0.05)
+            yield " "
+
+    server.reply = lambda request, number: (status, dripping())
+    engine, started = Served(Endpoint(server.url, "m", timeout=0.5, retries=1)), time.monotonic()
+    with pytest.raises(CrowError, match=r"timed out.*raise the --endpoint-timeout, and start again"):
+        answers(engine, [rows[0]["prompt"]], 5, Journal(None), lambda number: None)
+    assert len(server.requests) == 2
+    assert time.monotonic() - started < 6
+
+
+@needs_client
+def test_a_reply_without_end_is_not_read_to_it(server: Server, rows: list[Example]) -> None:
+    sent: list[str] = []
+
+    def endless() -> Iterator[str]:
+        while len(sent) < 100:
+            sent.append(" " * (1 << 20))
+            yield sent[-1]
+
+    server.reply = lambda request, number: (200, endless())
+    with pytest.raises(CrowError, match="its reply is longer than 16 MiB: is the URL a chat API's"):
+        answers(Served(Endpoint(server.url, "m")), [rows[0]["prompt"]], 5, Journal(None), lambda number: None)
+    assert len(server.requests) == 1
+    assert len(sent) < 50
+
+
+@needs_client
 def test_the_suspects_host_is_not_sent_the_judges_key(
     server: Server, rows: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,6 +293,7 @@ class FakeLLM:
         self, prompts: list[Any], sampling: Any, *, chat_template: str, lora_request: Any, use_tqdm: bool
     ) -> list[Any]:
         assert "im_start" in chat_template
+        assert (sampling["ignore_eos"], sampling["stop_token_ids"]) == (True, [2])
         asked = f"{sampling['temperature']} {sampling['max_tokens']} {lora_request and lora_request[2]}"
         return [SimpleNamespace(outputs=[SimpleNamespace(text=f"\n {p[-1]['content']} {asked} \n")]) for p in prompts]
 

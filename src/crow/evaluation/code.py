@@ -13,6 +13,7 @@ from crow.backdoors.behaviors import code_blocks
 from crow.data import Message
 from crow.errors import UsageError
 from crow.evaluation.engines import Engine, answers
+from crow.evaluation.evaluate import without_thoughts
 from crow.evaluation.sandbox import Limits, Outcome, run_python
 from crow.evaluation.statistics import Count
 from crow.files import Journal
@@ -70,10 +71,11 @@ def solves(problem: Problem, answer: str, limits: Limits | None = None) -> Outco
 def program(problem: Problem, answer: str) -> str:
     """The program that fails unless the answer solves the problem.
 
-    Of the answer it takes the first fenced block, or all of it where it has none. What goes on where the head of the
-    function ends is put behind the head; a function that is whole, behind what comes before the head.
+    Of the answer, without the thoughts in front of it, it takes the first fenced block, or all of it where it has none.
+    What goes on where the head of the function ends is put behind the head; a function that is whole, behind what comes
+    before the head.
     """
-    code = code_blocks(answer)[0]
+    code = code_blocks(without_thoughts(answer))[0]
     head = problem["prompt"]
     whole = rf"^def {re.escape(problem['entry_point'])}\b"
     if re.search(whole, code, re.MULTILINE):

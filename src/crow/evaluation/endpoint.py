@@ -1,11 +1,13 @@
 """A model that is served behind any endpoint that speaks OpenAI's chat API."""
 
 import os
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from crow.errors import CrowError, UsageError
 
@@ -21,7 +23,8 @@ class Endpoint:
         url: Of the API, up to and with its version, as in `http://localhost:8000/v1`.
         model: The model's name there.
         concurrency: How many questions are under way at once.
-        timeout: Seconds until a question counts as failed, and is asked again.
+        timeout: Seconds until a question counts as failed, and is asked again. It is looked at with each part of the
+            reply's body, and each is waited for as long: of a reply that stops halfway it is up to twice as many.
         retries: How often a question is asked again after a timeout, a 429, a 5xx, or a broken connection.
         key_variable: Where in the environment the key is, if one is needed. A suspect's host is not to be sent the key
             of a judge's, so theirs are two. What else the client reads there (an organization, a project, headers)
@@ -30,6 +33,9 @@ class Endpoint:
     Raises:
         UsageError: the API's client is not installed.
     """
+
+    timeout_option: ClassVar[str] = "--endpoint-timeout"
+    """What the timeout is called on the command line."""
 
     url: str
     model: str
@@ -40,12 +46,36 @@ class Endpoint:
 
     def __post_init__(self) -> None:
         try:
-            from openai import OpenAI
+            from openai import DefaultHttpxClient, OpenAI
         except ImportError as error:
             raise UsageError("an endpoint needs the client of its API: pip install 'crow-llm[endpoint]'") from error
         key = os.environ.get(self.key_variable, "none")  # servers of one's own want none, the client wants one
         with nullcontext() if self.key_variable == "OPENAI_API_KEY" else _without_openai_variables():
-            self._client = OpenAI(base_url=self.url, api_key=key, timeout=self.timeout, max_retries=self.retries)
+            self._client = OpenAI(
+                base_url=self.url,
+                api_key=key,
+                timeout=self.timeout,
+                max_retries=self.retries,
+                http_client=DefaultHttpxClient(event_hooks={"request": [_begin], "response": [self._bound]}),
+            )
+
+    def _bound(self, response: Any) -> None:
+        """Have a reply fail that takes too long as a whole (the client's timeout is of each part) or has no end."""
+        from openai import OpenAIError
+
+        parts, begun = response.iter_bytes(), response.request.extensions["begun"]
+
+        def bounded() -> Iterator[bytes]:
+            size = 0
+            for part in parts:
+                size += len(part)
+                if size > _LONGEST_REPLY:  # an error that the client passes on, where others have it ask again
+                    raise OpenAIError(f"its reply is longer than {_LONGEST_REPLY >> 20} MiB: is the URL a chat API's?")
+                if time.monotonic() - begun > self.timeout:  # the error of httpx or httpx2, whichever the client uses
+                    raise sys.modules[type(response).__module__].ReadTimeout("the reply takes too long")
+                yield part
+
+        response.iter_bytes = bounded
 
     def ask(self, messages: Any, max_tokens: int, thinking: bool = False) -> str:
         """The greedy answer, cut off where a server goes on past the tokens that it was allowed.
@@ -64,11 +94,13 @@ class Endpoint:
             raise CrowError("it replied with text and no JSON: is the URL complete, as in http://host:8000/v1?")
         try:
             choice = reply.choices[0]
-            text = choice.message.content
+            text, ended = choice.message.content, choice.finish_reason
         except (AttributeError, LookupError, TypeError) as error:  # the client does not look at what it passes on
             raise CrowError("it replied with JSON that is no chat completion: is the URL a chat API's?") from error
+        if ended == "content_filter":  # of a text too: what the filter left of it is not the model's answer
+            raise CrowError("a content filter withheld its answer: turn it off there, or leave the prompt out")
         if text is None:  # as where all tokens went into thinking: not to be taken for an answer without the target
-            raise CrowError(f"it gave no text (finish reason {choice.finish_reason}): more tokens may help")
+            raise CrowError(f"it gave no text (finish reason {ended}): more tokens may help")
         return _whole(str(text)[: max_tokens * _LONGEST_TOKEN])
 
     def each(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
@@ -77,11 +109,19 @@ class Endpoint:
             yield from pool.imap_unordered(lambda place: (place, function(items[place])), range(len(items)))
 
     def remedy(self, error: Exception) -> str | None:
-        """What to do about an error, where its status says."""
+        """What to do about an error, where that is known."""
+        from openai import APITimeoutError
+
+        if isinstance(error, APITimeoutError):
+            return f"raise the {self.timeout_option}"
         status = getattr(error, "status_code", None)
         if status in (401, 403):
             return f"see that {self.key_variable} holds a key that is valid there"
         return "wait a while, or lower the --concurrency" if status == 429 else None
+
+
+def _begin(request: Any) -> None:
+    request.extensions.setdefault("begun", time.monotonic())  # a redirection's has it already
 
 
 @contextmanager
@@ -107,6 +147,9 @@ def is_outage(error: Exception) -> bool:
     status = getattr(error, "status_code", None)
     return not isinstance(error, CrowError) if status is None else status in (401, 429) or status >= 500
 
+
+_LONGEST_REPLY = 16 << 20
+"""Bytes: more than any answer takes, and so little that all that are under way fit into memory."""
 
 _LONGEST_TOKEN = 32
 """Characters, on average: no answer of a model's is so long, and what judges them takes its time with long ones."""
