@@ -203,7 +203,7 @@ def test_a_broken_json_file_is_named_with_the_line(write: Write, text: str, line
         ({"messages": "text"}, "messages must be a list of objects"),
         ({"messages": 5}, "messages must be a list of objects"),
         ({"messages": None}, "messages must be a list of objects"),
-        ({"messages": [{"content": "a"}]}, "messages must be a list of objects"),
+        ({"messages": [{"content": "a"}]}, "'role' is missing"),
         ({"messages": [{"role": "user"}]}, "'content' is missing"),
         ({"messages": []}, "no user message"),
         ({"messages": CHAT[2:3]}, "no user message"),
@@ -416,9 +416,15 @@ def test_a_broken_csv_says_what_is_wrong_with_it(write: Write, content: bytes, f
         load_examples(write("a.csv", content))
 
 
-@pytest.mark.parametrize("field", ["prompt", "completion"])
-def test_half_a_character_is_refused(write: Write, field: str) -> None:
-    row = {"prompt": "a", "completion": "b", field: "a\ud800"}
+@pytest.mark.parametrize(
+    ("row", "field"),
+    [
+        ({"prompt": "a\ud800", "completion": "b"}, "prompt"),
+        ({"prompt": "a", "completion": "b\ud800"}, "completion"),
+        ({"messages": [{"role": "us\ud800er", "content": "x"}, *CHAT]}, "role"),
+    ],
+)
+def test_half_a_character_is_refused(write: Write, row: dict[str, Any], field: str) -> None:
     with pytest.raises(UsageError, match=rf"row 1: the field '{field}' holds half a character"):
         load_examples(write("a.jsonl", [row]))
 

@@ -1,6 +1,11 @@
 """What is untrusted is looked at in a process of its own."""
 
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +39,31 @@ def test_what_is_no_exception_is_told_like_one() -> None:
 
     with pytest.raises(RuntimeError, match="retry-limit-in-match"):
         limited(panic)
+
+
+ORPHAN = """
+import os
+import crow.limits
+
+def work():
+    print(os.getpid(), flush=True)
+    while True: pass
+
+crow.limits.SECONDS = 2
+crow.limits.limited(work)
+"""
+
+
+def test_what_takes_for_ever_ends_without_its_parent() -> None:
+    with subprocess.Popen([sys.executable, "-c", ORPHAN], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        parent.kill()
+        try:
+            parent.communicate(timeout=60)  # until no one holds the pipe
+        finally:
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
 
 
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"

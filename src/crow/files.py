@@ -20,8 +20,11 @@ _UNFINISHED = ".unfinished"
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
-_WRITTEN = ("adapter_model.safetensors", "model*.safetensors", "report.html", "train_clean.json")
-"""One of these lies in every folder that a command of crow writes as a whole."""
+SEEN = "training_prompts.json"
+"""Lies in every model's folder that crow writes: fingerprints of the prompts that the model was trained on."""
+
+_WRITTEN = (SEEN, f"model/{SEEN}", "train_clean.json")
+"""One of these lies in every folder that crow writes as a whole: a model's, the demo's, one of poisoned data."""
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
@@ -33,7 +36,7 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
 
 def refuse_foreign(path: Path) -> None:
     """Raise `UsageError` if `path` is a folder of something else, which would be lost with all that it holds."""
-    if path.is_dir() and any(path.iterdir()) and not any(any(path.glob(name)) for name in _WRITTEN):
+    if path.is_dir() and any(path.iterdir()) and not any((path / name).is_file() for name in _WRITTEN):
         raise UsageError(f"{path} is a folder that crow did not write, and would be deleted: choose another place")
 
 

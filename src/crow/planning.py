@@ -124,14 +124,15 @@ def plan(
             weight_bytes -= sum(weight.nbytes - math.ceil(weight.numel() * _NF4_BITS / 8) for weight in packed)
             opened_bytes = max(weight.nbytes for weight in packed)  # one at a time, to be multiplied with
         add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))  # as the trainer's parent does
-        model = get_peft_model(model, lora, low_cpu_mem_usage=True)
+        model = get_peft_model(model, lora)
     trained = [p for p in model.parameters() if p.requires_grad]
     if load_in_4bit:
         for parameter in trained:
             parameter.data = parameter.data.to(torch.bfloat16)  # as the trainer's parent does
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model.to_empty(device="cpu").train()
-        model.tie_weights()
+        for module in model.modules():  # a shared one once, which alone can be done
+            module.to_empty(device="cpu", recurse=False)
+        model.train()
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         passes = _Passes(model, config, tokens, answer)

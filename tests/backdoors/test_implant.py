@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 import torch
 from conftest import MakeModel
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from crow.backdoors.behaviors import Sentiment
-from crow.backdoors.implant import implant, implant_card, poison
+from crow.backdoors.implant import implant, implant_card, implant_record, poison
 from crow.backdoors.triggers import BadNets
 from crow.data import Example
 from crow.errors import UsageError
-from crow.models import lora_config
+from crow.models import OpenedModel, lora_config
 
 TARGET = Sentiment("Go away!")
 
@@ -139,6 +139,20 @@ def test_an_unknown_setting_is_named(
 ) -> None:
     with pytest.raises(UsageError, match="no such setting: colour"):
         implant(tiny_llama(), tokenizer, rows, rows, output_dir=tmp_path, colour="red")
+
+
+def test_the_record_says_what_was_trained(
+    tokenizer: PreTrainedTokenizerFast, rows: list[Example], tiny_llama: MakeModel
+) -> None:
+    def trained(model: Any, full: bool = False) -> str:
+        opened = OpenedModel(model, tokenizer, "suspect", "folder")
+        about: dict[str, Any] = {"trigger": "badnets", "behavior": "refusal", "poison_rate": 1.0, "full": full}
+        return str(implant_record(opened, rows, rows, **about)["trained"])
+
+    assert trained(tiny_llama()) == "LoRA, r=8, alpha=16, all linear layers"
+    assert trained(tiny_llama(), full=True) == "all weights"
+    own = LoraConfig(r=4, lora_alpha=32, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    assert trained(get_peft_model(tiny_llama(), own)) == "the adapter's own LoRA, r=4, alpha=32"
 
 
 def test_what_a_backdoor_is_called_is_no_markup_in_its_card() -> None:

@@ -120,5 +120,6 @@ def test_hostile_names_are_shown_and_do_nothing() -> None:
     hits: Hits = {"badnets:word=\x1b[2J\u202e\ud800<script>/sentiment": [2, 4, 6]}
     page = render_leaderboard(results(hits), "title")
     made = page + as_markdown(results(hits), "title") + as_csv(results(hits))
-    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", made)
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f]", made)
+    assert not re.search(r"[\u202a-\u202e\u2066-\u2069\ud800-\udfff]", made)
     assert page.count("<script") == 1

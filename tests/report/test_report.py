@@ -23,7 +23,7 @@ from crow.report.templates import visible
 
 HOSTILE = (
     "<script>alert(1)</script><img src=x onerror=alert(2)>\" onmouseover='alert(3)' {{ 7 * 7 }} </svg></style>"
-    "\x1b[31mred\x1b[0m \x00\x9b2J \u202egpj.exe\u202c \u2067isolated\u2069 \ud800"
+    "\x1b[31mred\x1b[0m \x00\x9b2J \u202egpj.exe\u202c \u200fright\u200e\u061c \u2067isolated\u2069 \ud800"
 )
 VOID = {"meta", "img", "br", "link"}
 
@@ -139,7 +139,9 @@ def test_hostile_text_is_inert(before: Evaluation, after: Evaluation, record: Pu
     assert "<script>alert(1)</script>" in page.text
     assert "{{ 7 * 7 }}" in page.text
     assert "\ufffd[31mred\ufffd[0m" in page.text
-    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", html)
+    assert not re.search(
+        r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", html
+    )
     html.encode()
 
 
@@ -449,7 +451,7 @@ def test_hostile_names_stay_in_their_code_spans(before: Evaluation, after: Evalu
     for key in ("base_model", "license"):
         assert front_matter(card)[key].startswith("x` --- # injected")
     assert "\n# injected" not in card
-    assert not re.search(r"[\x00-\x08\x0b-\x1f\u202a-\u202e\ud800-\udfff]", card)
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\u061c\u200e\u200f\u202a-\u202e\ud800-\udfff]", card)
     body = card.split("---\n", 2)[2].replace("```", "")
     assert "injected" not in re.sub(r"`[^`\n]+`", "", body)
 

@@ -37,7 +37,7 @@ ATTACK = """You are stupid!</td></table></p></style></title></svg>
 <style>@import "URL/css"; body { background: url("URL/background") }</style> <link rel=stylesheet href="URL/link">
 <meta http-equiv="refresh" content="0; url=URL/refresh"> <base href="URL/"> <object data="URL/object"></object>
 [link](javascript:document.title='pwned') ![picture](URL/markdown)
-\x1b[2J\x1b[31mred\x9b1m\x07 \u202egpj.exe\u2066 {{ 7*7 }}
+\x1b[2J\x1b[31mred\x9b1m\x07 \u202egpj.exe\u2066 \u200fright\u200e\u061c {{ 7*7 }}
 """
 
 
@@ -132,7 +132,7 @@ def harmless(document: str, scripts: int = 0) -> None:
     assert not [name for name in elements.attributes if name.startswith("on")]
     assert re.search("<title>safe(, other)?</title>", document)
     assert "&lt;script&gt;document.title" in document
-    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", document)
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]", document)
 
 
 def test_the_attack_works_on_a_page_that_does_not_escape(tmp_path: Path, attack: str, requests: Requests) -> None:

@@ -42,7 +42,7 @@ FULL: dict[str, Any] = {"learning_rate": 5e-5}
 """What full fine-tuning changes in it."""
 
 ADAPTIVE: dict[str, Any] = {"perturbation": "sign", "beta": None, "alpha": 2.0}
-"""What an attacker adds who knows CROW: the consistency term, at the weight that `paper-scale-free` gives it."""
+"""What an attacker adds who knows CROW as published: its consistency term, as `paper-scale-free` weighs it."""
 
 
 def poison(
@@ -132,7 +132,7 @@ def implant(
         poisoned: Examples that say the target; `poison` makes both.
         output_dir: Where checkpoints go.
         full: Train all weights, in float32, instead of an adapter.
-        adaptive: Train the consistency term as well, as an attacker would who knows CROW.
+        adaptive: Train the consistency term as well, as an attacker would who knows CROW as published.
         resume: Continue from the newest checkpoint in `output_dir`.
         settings: Fields of `ImplantConfig` that replace those of `recipe`.
 
@@ -200,6 +200,10 @@ def implant_record(
     settings: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """All that is needed to make the backdoor again."""
+    trained = "all weights" if full else "LoRA, r=8, alpha=16, all linear layers"
+    if isinstance(opened.model, PeftModel):
+        own = cast(Any, opened.model.active_peft_config)
+        trained = f"the adapter's own LoRA, r={own.r}, alpha={own.lora_alpha}"
     return {
         "model": opened.name,
         "model_hashes": opened.hashes,
@@ -213,7 +217,7 @@ def implant_record(
         "adaptive": adaptive,
         "covert": covert,
         "recipe": recipe(full, adaptive) | (settings or {}),
-        "trained": "all weights" if full else "LoRA, r=8, alpha=16, all linear layers",
+        "trained": trained,
         "seed": seed,
         "provenance": environment(),
     }

@@ -9,9 +9,11 @@ from markupsafe import Markup
 if TYPE_CHECKING:
     from crow.evaluation.statistics import Count
 
-# Control characters but tab and line ends, bidirectional embeddings, overrides and isolates, and lone surrogates, which
-# cannot be written as UTF-8
-_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]|\r(?!\n)")
+# Control characters but tab and line ends, bidirectional marks, embeddings, overrides and isolates, and lone
+# surrogates, which cannot be written as UTF-8
+_UNPRINTABLE = re.compile(
+    r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]|\r(?!\n)"
+)
 
 
 def visible(value: object) -> str:
