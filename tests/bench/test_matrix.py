@@ -49,13 +49,13 @@ def test_the_embedded_model_s_matrix_has_the_paper_s_eleven_attacks() -> None:
 
 def test_a_part_of_a_matrix_is_named_as_its_tables_name_it() -> None:
     whole = Matrix.load("smollm2")
-    part = whole.part(attacks=["badnets/*", "mtba/sentiment"], defenses=["none", "prune:*", "crow"])
+    part = whole.part(attacks=["badnets/*", "mtba/sentiment"], defenses=["none", "quantize:*", "crow"])
     assert [attack.label for attack in part.attacks] == [
         "badnets/sentiment",
         "mtba/sentiment",
         "badnets/refusal, 50% poisoned",
     ]
-    assert [d.label for d in part.defenses] == ["none", "crow", "prune:method=magnitude", "prune:method=wanda"]
+    assert [d.label for d in part.defenses] == ["none", "crow", "quantize:bits=4", "quantize:bits=8"]
     assert {e.measure.key for e in entries(part)} < {e.measure.key for e in entries(whole)}
     assert whole.part() == whole
 
