@@ -211,6 +211,7 @@ def test_what_is_read_is_not_replaced(
     run: Run, llama_folder: Path, clean: Path, tmp_path: Path, command: str, more: tuple[str, ...]
 ) -> None:
     shutil.copytree(llama_folder, tmp_path / "here")
+    (tmp_path / "here" / "training_prompts.json").write_text("[]")  # as if it were ours
     shutil.copy(clean, tmp_path / "here" / "clean.jsonl")
     read = more[1] if more else "here"
     model = llama_folder if more else "here"
@@ -223,6 +224,7 @@ def test_the_base_of_an_adapter_is_not_replaced(
     run: Run, llama_folder: Path, adapter_folder: Path, clean: Path, tmp_path: Path, command: tuple[str, str]
 ) -> None:
     shutil.copytree(llama_folder, tmp_path / "base")
+    (tmp_path / "base" / "training_prompts.json").write_text("[]")  # as if it were ours
     shutil.copytree(adapter_folder, tmp_path / "suspect")
     config = json.loads((tmp_path / "suspect" / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = "base"
@@ -840,7 +842,7 @@ def test_the_card_carries_the_license_on_and_no_path_of_this_machine(
 
 def test_an_output_is_replaced_on_request(run: Run, llama_folder: Path, clean: Path, tmp_path: Path) -> None:
     (tmp_path / "purified").mkdir()
-    for name in ("model.safetensors", "old"):
+    for name in ("training_prompts.json", "old"):
         (tmp_path / "purified" / name).write_text("{}")
     result = run("purify", llama_folder, "--clean", clean, *QUICK, "--overwrite")
     assert result.exit_code == 0, result.output

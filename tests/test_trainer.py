@@ -1056,13 +1056,13 @@ def test_gradient_checkpointing_gives_the_same_gradients(make: Any, pinned: list
 
 @pytest.mark.parametrize("name", STEPS)
 def test_bfloat16_runs(make: Any, name: str) -> None:
-    _, trainer = first_gradients(make, bf16=True, soft_token_warmup=1, **STEPS[name][0])
+    _, trainer = first_gradients(make, bf16=True, **STEPS[name][0] | {"soft_token_warmup": 1})
     assert math.isfinite(logs(trainer)[0]["loss"])
 
 
 @pytest.mark.parametrize("name", STEPS)
 def test_a_model_in_bfloat16_is_trained(make: Any, tiny_llama: MakeModel, name: str) -> None:
-    _, trainer = first_gradients(make, model=tiny_llama().bfloat16(), soft_token_warmup=1, **STEPS[name][0])
+    _, trainer = first_gradients(make, model=tiny_llama().bfloat16(), **STEPS[name][0] | {"soft_token_warmup": 1})
     assert math.isfinite(logs(trainer)[0]["loss"])
 
 
