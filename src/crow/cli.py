@@ -537,10 +537,9 @@ def implant(
             opened = open_model(model)
         if called is not None:
             check_seen(called, opened.tokenizer)
+        base = opened.causal_lm.name_or_path  # an adapter's, else the model itself
         for folder in filter(None, (out, save_data)):
-            refuse_read(
-                folder, model, prompts, poisoned, opened.causal_lm.name_or_path
-            )  # the last is an adapter's base
+            refuse_read(folder, model, prompts, poisoned, base)
         if save_data is not None:
             data = {"train_clean.json": to_alpaca(clean), "train_triggered.json": to_alpaca(hot)}
             if not (resume and _holds(save_data, data)):

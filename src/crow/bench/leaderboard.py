@@ -133,7 +133,8 @@ class Line:
     @property
     def perplexity_ratio(self) -> float | None:
         """The mean `ratio` over the columns."""
-        return statistics.fmean(self._ratios) if self._ratios else None
+        ratios = self._ratios
+        return statistics.fmean(ratios) if ratios else None
 
     @property
     def worst_perplexity_ratio(self) -> float | None:
@@ -141,13 +142,13 @@ class Line:
         return max(self._ratios, default=None)
 
     @property
-    def whole(self) -> bool:
+    def _whole(self) -> bool:
         """Whether all columns are measured: a mean over some is not to be compared with one over others."""
-        return not any(square.missing or not square.measured for square in self.squares.values())
+        return not any(square.missing for square in self.squares.values())
 
     def share(self, name: str) -> float | None:
         """The mean rate of one of the figures' counts over all columns, when all are measured."""
-        if not self.whole:
+        if not self._whole:
             return None
         return statistics.fmean(
             statistics.fmean(getattr(figures, name).rate for _, figures in square.measured)
@@ -157,7 +158,7 @@ class Line:
     def cost(self, name: str) -> float | None:
         """The mean `seconds` or `memory` over all columns, where they are known, when all are measured."""
         costs = [cost for square in self.squares.values() if (cost := square.cost(name)) is not None]
-        return statistics.fmean(costs) if costs and self.whole else None
+        return statistics.fmean(costs) if costs and self._whole else None
 
 
 @dataclass(frozen=True)

@@ -171,24 +171,29 @@ class BdVax(Defense):
         seed = training.get("seed", 0)
         shared = budget(training) | {"learning_rate": self.variant_rate}
 
-        def trained(rows: Sequence[Example], own: Sequence[Example]) -> tuple[list[list[tuple[Tensor, Tensor]]], int]:
-            purify(opened, clean=[*rows, *own], preset=self.preset, **shared)
-            found = [[layer.factors() for layer in layers] for layers in _mlps(opened.model)]
-            answers = generate(opened.model, opened.tokenizer, [row["prompt"] for row in own], max_new_tokens=12)
+        def restore() -> None:
             for name, parameter in opened.model.named_parameters():
                 if name in start:
                     parameter.data.copy_(start[name])
-            said = zip(answers, own, strict=True)
-            return found, sum(answer.strip().startswith(answer_text(row)) for answer, row in said)
+
+        def trained(rows: Sequence[Example]) -> list[list[tuple[Tensor, Tensor]]]:
+            restore()
+            purify(opened, clean=rows, preset=self.preset, **shared)
+            return [[layer.factors() for layer in layers] for layers in _mlps(opened.model)]
+
+        def says_target(rows: Sequence[Example]) -> int:
+            answers = generate(opened.model, opened.tokenizer, [row["prompt"] for row in rows], max_new_tokens=12)
+            said = zip(answers, rows, strict=True)
+            return sum(answer.strip().startswith(answer_text(row)) for answer, row in said)
 
         pairs, fired = [], []
         for number in range(self.variants):
             rows = sample(clean, self.examples, seed + number)
             poisoned, harmless = own_backdoor(rows, number, seed + number)
-            hot, hits = trained(rows, poisoned)
-            cold, _ = trained(rows, harmless)
-            pairs.append((hot, cold))
-            fired.append(hits)
+            backdoored = trained([*rows, *poisoned])
+            fired.append(says_target(poisoned))
+            pairs.append((backdoored, trained([*rows, *harmless])))
+        restore()
         scores = []
         for block, layers in enumerate(_mlps(opened.model)):  # one at a time: the products are as large as the MLP
             updates = [
